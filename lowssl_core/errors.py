@@ -1,0 +1,8 @@
+"""The one kind of error that a user can cause and mend."""
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; the message is one line: what was given, what is accepted.
+
+    Commands print the message alone, without a traceback, and exit with status 2.
+    """
