@@ -1,0 +1,32 @@
+"""Multi-crop views: boxes, magnitudes, the matched local size, and the pipelines that make them."""
+
+from lowssl_core.views.batch import IMAGENET_MEAN, IMAGENET_STD, Views, normalize
+from lowssl_core.views.cpu import CpuViews, read_for_views
+from lowssl_core.views.geometry import sample_boxes
+from lowssl_core.views.parameters import (
+    NUM_GLOBALS,
+    PhotometricConfig,
+    ViewParameters,
+    ViewsConfig,
+    sample_parameters,
+)
+from lowssl_core.views.scales import Measurement, matched_local_size, measure, pixel_scale_ratio
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "NUM_GLOBALS",
+    "CpuViews",
+    "Measurement",
+    "PhotometricConfig",
+    "ViewParameters",
+    "Views",
+    "ViewsConfig",
+    "matched_local_size",
+    "measure",
+    "normalize",
+    "pixel_scale_ratio",
+    "read_for_views",
+    "sample_boxes",
+    "sample_parameters",
+]
