@@ -63,6 +63,7 @@ class DINOConfig:
 class DINO(Method):
     """DINO. The teacher sees the two globals, the online network all views."""
 
+    synchronised = ("online", "teacher")
     private = ("teacher.", "center")
     teacher: Network
     center: Tensor
@@ -71,7 +72,7 @@ class DINO(Method):
         super().__init__()
         self.config = config
         module, width = build_backbone(backbone.name, backbone.drop_path)
-        self.online = Network(module, self._head(width))
+        self.online = Network(module, width, self._head(width))
         self.teacher = teacher_of(self.online, backbone, self._head(width))
         self.register_buffer("center", torch.zeros(config.outputs))
         self.chance_loss = math.log(config.outputs)

@@ -14,13 +14,15 @@ class Network(nn.Module):
 
     Attributes:
         backbone: (B, 3, S, S) to (B, width).
+        width: of the features.
         head: (N, width) to (N, D).
         autocast_dtype: the lower precision that the backbone runs in; None: as the weights are. Heads run in fp32.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, width: int, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
+        self.width = width
         self.head = head
         self.autocast_dtype: torch.dtype | None = None
 
@@ -73,7 +75,7 @@ class WeightNormLinear(nn.Module):
 
 
 def mlp(widths: Sequence[int], *, activation: type[nn.Module], batchnorm: bool) -> nn.Sequential:
-    """Linear layers from widths[0] to widths[-1]; all but the last are followed by BatchNorm (if asked) and activation."""
+    """Linear layers from widths[0] to widths[-1]; BatchNorm (if asked) and activation between."""
     layers: list[nn.Module] = []
     for width, next_width in pairwise(widths[:-1]):
         # BatchNorm has its own shift.

@@ -21,12 +21,14 @@ class Method(nn.Module, ABC):
         online: the trained backbone and head.
         teacher: the moving average of the online network, where the method has one (MoCo's key network).
         chance_loss: the loss of predictions that say nothing, ln of the number of answers to choose from.
+        synchronised: the networks whose BatchNorm statistics are shared by all ranks of a distributed run.
         private: prefixes of the state's names that never leave a device in a federation.
     """
 
     online: Network
     teacher: Network | None
     chance_loss: float
+    synchronised: ClassVar[tuple[str, ...]]
     private: ClassVar[tuple[str, ...]]
 
     @abstractmethod
@@ -54,8 +56,8 @@ def teacher_of(online: Network, backbone: BackboneConfig, head: nn.Module) -> Ne
 
     `head` is a head like the online one; its weights are overwritten.
     """
-    module, _ = build_backbone(backbone.name)
-    teacher = Network(module, head)
+    module, width = build_backbone(backbone.name)
+    teacher = Network(module, width, head)
     teacher.load_state_dict(online.state_dict())
     return teacher.requires_grad_(False)
 

@@ -58,6 +58,8 @@ class MoCoConfig:
 class MoCo(Method):
     """MoCo-v2. Global view 0 makes the key (`teacher` is the key network), all other views are queries."""
 
+    # The keys' statistics are those of their own groups, on each rank.
+    synchronised = ("online",)
     private = ("teacher.", "queue")
     teacher: Network
     queue: Tensor
@@ -67,7 +69,7 @@ class MoCo(Method):
         super().__init__()
         self.config = config
         module, width = build_backbone(backbone.name, backbone.drop_path)
-        self.online = Network(module, self._head(width))
+        self.online = Network(module, width, self._head(width))
         self.teacher = teacher_of(self.online, backbone, self._head(width))
         self.register_buffer("queue", F.normalize(torch.randn(config.queue_length, config.outputs), dim=1))
         self.register_buffer("queue_end", torch.zeros((), dtype=torch.int64))

@@ -57,6 +57,7 @@ class SwAVConfig:
 class SwAV(Method):
     """SwAV. Both globals are assigned to prototypes; every other view predicts each assignment."""
 
+    synchronised = ("online",)
     private = ("queue",)
     queue: Tensor
 
@@ -65,7 +66,7 @@ class SwAV(Method):
         self.config = config
         module, width = build_backbone(backbone.name, backbone.drop_path)
         projection = mlp((width, config.hidden, config.outputs), activation=nn.ReLU, batchnorm=True)
-        self.online = Network(module, nn.Sequential(projection, Normalize()))
+        self.online = Network(module, width, nn.Sequential(projection, Normalize()))
         self.teacher = None
         self.prototypes = nn.Linear(config.outputs, config.prototypes, bias=False)
         self.apply(_initialise)

@@ -1,0 +1,157 @@
+"""Checkpoints: one safetensors file that holds a whole run, written atomically, without pickle."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowssl_core.distributed import gather_rows, rank, world_size
+from lowssl_core.errors import UserError
+from lowssl_core.files import write_atomically
+from lowssl_core.methods.method import Method
+from lowssl_core.recipe import Recipe, differences, recipe_from_dict
+from lowssl_core.schedules import Progress
+
+FORMAT = "lowssl-checkpoint-1"
+METADATA_KEY = "lowssl"
+
+Branch = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A run as it was between two steps.
+
+    Attributes:
+        recipe: all that decides the result.
+        progress: the clock; with the recipe's seed it is also the sampler's position.
+        facts: what else the run knows of itself, as JSON (its data, sizes of views, seconds so far).
+        tensors: the method's state ("method."), the optimizer's ("optimizer.PARAMETER."), and the random number
+            generators' states ("rng.cpu", "rng.cuda": one row for each rank).
+    """
+
+    recipe: Recipe
+    progress: Progress
+    facts: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def take_checkpoint(
+    method: Method, optimizer: Optimizer, *, recipe: Recipe, progress: Progress, facts: Mapping[str, Any]
+) -> Checkpoint:
+    """The run's state; every rank must call this together, for the generators' states are gathered."""
+    device = next(method.parameters()).device
+    tensors = {f"method.{name}": value for name, value in method.state_dict().items()}
+    for name, parameter in _named_parameters(optimizer):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    tensors["rng.cpu"] = gather_rows(torch.get_rng_state().unsqueeze(0).to(device))
+    if device.type == "cuda":
+        tensors["rng.cuda"] = gather_rows(torch.cuda.get_rng_state(device).unsqueeze(0).to(device))
+    return Checkpoint(recipe=recipe, progress=progress, facts=facts, tensors=tensors)
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint atomically: after a crash the file is the old one or the new one, whole."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
+    metadata = {
+        "format": FORMAT,
+        "recipe": checkpoint.recipe.as_dict(),
+        "progress": asdict(checkpoint.progress),
+        "facts": checkpoint.facts,
+        "hash": tensors_hash(tensors),
+    }
+    data = safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(metadata)})
+    write_atomically(path, lambda file: file.write(data))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        UserError: no such file, a file of another kind, or a damaged one.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
+    except safetensors.SafetensorError as error:
+        raise UserError(f"checkpoint {path} is damaged or no safetensors file: {error}") from None
+    metadata = json.loads(text) if text else {}
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is no checkpoint of lowssl-pretrain (format {metadata.get('format')!r}, not {FORMAT!r})"
+        )
+    if tensors_hash(tensors) != metadata["hash"]:
+        raise UserError(f"checkpoint {path} is damaged: its contents do not match the hash written with them")
+    return Checkpoint(
+        recipe=recipe_from_dict(metadata["recipe"]),
+        progress=Progress(**metadata["progress"]),
+        facts=metadata["facts"],
+        tensors=tensors,
+    )
+
+
+def restore(checkpoint: Checkpoint, method: Method, optimizer: Optimizer, *, recipe: Recipe) -> None:
+    """Put a checkpoint's state into a freshly built method and optimizer, and the generators' where ranks agree.
+
+    Raises:
+        UserError: the checkpoint is of another recipe.
+    """
+    if changed := differences(checkpoint.recipe, recipe):
+        raise UserError(f"the checkpoint was made with another recipe (there, here): {'; '.join(changed)}")
+    tensors = checkpoint.tensors
+    method.load_state_dict(_below(tensors, "method."))
+    for name, parameter in _named_parameters(optimizer):
+        # A copy into the parameter's own memory format: sums in another order would end the run's exactness.
+        for key, value in _below(tensors, f"optimizer.{name}.").items():
+            like = parameter if value.shape == parameter.shape else value
+            optimizer.state[parameter][key] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+    if len(tensors["rng.cpu"]) == world_size():
+        torch.set_rng_state(tensors["rng.cpu"][rank()])
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"][rank()])
+
+
+def backbone_state(checkpoint: Checkpoint, branch: Branch) -> dict[str, Tensor]:
+    """The weights of the trained backbone ("student") or of its moving average ("teacher").
+
+    Raises:
+        UserError: the method has no such branch.
+    """
+    state = _below(checkpoint.tensors, f"method.{'online' if branch == 'student' else 'teacher'}.backbone.")
+    if not state:
+        raise UserError(f"a {checkpoint.recipe.method.name} checkpoint has no {branch}; take the student")
+    return state
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes, in the order of names; tensors are on the CPU and contiguous."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _named_parameters(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+    return [
+        (name, parameter)
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    ]
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

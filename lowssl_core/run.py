@@ -1,0 +1,358 @@
+"""One pre-training run from its first message to its last file: the consumer of the training loop."""
+
+import contextlib
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import lowssl_core
+from lowssl_core.backbones import backbone_grid
+from lowssl_core.checkpoint import load_checkpoint, restore, save_checkpoint, take_checkpoint
+from lowssl_core.collapse import find_collapse
+from lowssl_core.compute import prepare
+from lowssl_core.distributed import Ranks, any_rank, barrier, mean_over_ranks
+from lowssl_core.encoder import EncoderInfo, save_encoder
+from lowssl_core.errors import UserError
+from lowssl_core.files import write_atomically
+from lowssl_core.interruption import Interruption
+from lowssl_core.journal import Journal
+from lowssl_core.loader import Loader, ViewsMode
+from lowssl_core.monitor import QualityProbe
+from lowssl_core.preprocess import Preprocess
+from lowssl_core.recipe import Recipe
+from lowssl_core.schedules import Progress
+from lowssl_core.sources import open_source
+from lowssl_core.train import Report, train
+from lowssl_core.views import measure
+
+CHECKPOINT = "checkpoint.safetensors"
+ENCODER = "encoder.safetensors"
+# Images whose sizes decide the matched local size.
+SIZED_IMAGES = 2000
+# Steps between two looks at the losses and at the other ranks, where looking costs a wait for the device.
+STEPS_BETWEEN_LOOKS = 10
+# Logged stretches in a row that must show a symptom of collapse before it is called one.
+STRETCHES_OF_COLLAPSE = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run happens; nothing here changes its result.
+
+    Attributes:
+        data: images to train on, as `open_source` takes them.
+        eval_data: images held out for the quality along the way, or None.
+        out: the run's folder.
+        resume: whether to go on from the folder's checkpoint.
+        device: what it runs on.
+        views: where views are made.
+        workers: processes that load images.
+    """
+
+    data: str
+    eval_data: str | None
+    out: Path
+    resume: bool
+    device: torch.device
+    views: ViewsMode
+    workers: int
+
+
+class Run:
+    """A pre-training run.
+
+    Args:
+        recipe: what.
+        options: where.
+        ranks: this process among its peers; only the first writes and prints.
+
+    Raises:
+        UserError: data, folder or checkpoint cannot be used.
+    """
+
+    def __init__(self, recipe: Recipe, options: RunOptions, ranks: Ranks) -> None:
+        self.recipe, self.options, self.ranks = recipe, options, ranks
+        self._checkpoint_path = options.out / CHECKPOINT
+        if self._checkpoint_path.exists() and not options.resume:
+            raise UserError(
+                f"--out {options.out} holds a run already; add --resume to go on with it, or take another folder"
+            )
+        source = open_source(options.data)
+        queries = open_source(options.eval_data) if options.eval_data else None
+        batch_size = recipe.data.batch_size
+        torch.manual_seed(recipe.seed)
+        self.method = prepare(recipe.method.build(recipe.backbone, batch_size), options.device, recipe.compute)
+        self.optimizer = recipe.optim.build(self.method)
+        torch.manual_seed(recipe.seed * 1_000_003 + ranks.rank)
+        sizes = source.sizes(np.random.default_rng(recipe.seed), SIZED_IMAGES)
+        if recipe.data.shrink_to is not None:
+            shortest = sizes.min(axis=1, keepdims=True)
+            sizes = np.round(sizes * np.minimum(1, recipe.data.shrink_to / shortest)).astype(np.int64)
+        grid = backbone_grid(self.method.online.backbone)
+        self.measurement = measure(recipe.views, sizes, grid=grid)
+        for name, size in (("global_size", recipe.views.global_size), ("local_size", self.measurement.local_size)):
+            if size % grid:
+                raise UserError(f"views.{name} is {size}; {recipe.backbone.name} takes multiples of {grid}")
+        self.loader = Loader(
+            source,
+            recipe.views,
+            self.measurement.local_size,
+            recipe.data,
+            seed=recipe.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            workers=options.workers,
+            device=options.device,
+            mode=options.views,
+        )
+        preprocess = Preprocess(size=recipe.views.global_size)
+        self._preprocess = preprocess
+        self._probe = (
+            QualityProbe(self.loader.source, queries, preprocess, recipe.monitor, recipe.data.shrink_to)
+            if ranks.is_first
+            else None
+        )
+        steps = self.loader.steps_per_epoch
+        self.progress = Progress(step=0, total_steps=steps * recipe.epochs, steps_per_epoch=steps)
+        self._data: dict[str, Any] = {"images": len(self.loader.source), "description": source.description}
+        self._seconds = 0.0
+        self._resumed = options.resume and self._checkpoint_path.exists()
+        if self._resumed:
+            self._restore()
+        self._journal: Journal | None = None
+        self._pending: list[Report] = []
+        self._symptoms: dict[str, int] = {}
+        self._known_bad = 0
+
+    def _restore(self) -> None:
+        checkpoint = load_checkpoint(self._checkpoint_path)
+        if checkpoint.facts["data"]["images"] != self._data["images"]:
+            raise UserError(
+                f"--data {self.options.data} has {self._data['images']} images, the run in {self.options.out} had "
+                f"{checkpoint.facts['data']['images']}: give the same data, or take another folder"
+            )
+        restore(checkpoint, self.method, self.optimizer, recipe=self.recipe)
+        self.progress = checkpoint.progress
+        self._seconds = checkpoint.facts["seconds"]
+
+    def execute(self) -> int:
+        """Train to the end, or until told to stop; returns the command's exit status."""
+        with Interruption() as interruption, contextlib.ExitStack() as stack:
+            if self.ranks.is_first:
+                self._journal = stack.enter_context(Journal(self.options.out, self.progress))
+                self._announce(self._journal)
+            if self.progress.is_done:
+                return self._finish()
+            if self.progress.step == 0:
+                self._measure_quality()
+            reports = train(
+                self.method,
+                self.loader.batches(self.progress.step),
+                self.optimizer,
+                self.recipe.optim.schedule(self.recipe.data.batch_size),
+                start=self.progress,
+                alpha=self.recipe.alpha,
+            )
+            for report in reports:
+                self.progress = report.progress
+                self._seconds += report.seconds
+                self._pending.append(report)
+                if self._is_time_to_look():
+                    status = self._look(interruption)
+                    if status is not None:
+                        return status
+        return 0
+
+    def _announce(self, journal: Journal) -> None:
+        """Say what is about to happen, and record it."""
+        progress, views = self.progress, self.measurement
+        journal.write(
+            "start",
+            {
+                "step": progress.step,
+                "recipe": self.recipe.hash(),
+                "data": self._data,
+                "views": dataclasses.asdict(views),
+                "views_made_on": self.loader.mode,
+                "device": str(self.options.device),
+                "ranks": self.ranks.world_size,
+                "versions": {"lowssl": lowssl_core.__version__, "torch": torch.__version__},
+            },
+        )
+        parameters = sum(p.numel() for p in self.method.online.backbone.parameters()) / 1e6
+        journal.say(
+            f"{self.recipe.method.name} on {self.recipe.backbone.name} ({parameters:.1f} M parameters), "
+            f"{self._data['description']}"
+        )
+        journal.say(
+            f"views: 2 x {self.recipe.views.global_size} px, {self.recipe.views.num_locals} x {views.local_size} px; "
+            f"mean(PS_l / PS_g) {views.ratio:.3f}, matched at {views.matched_size} px; made on the {self.loader.mode}"
+        )
+        resumed = f", resumed at step {progress.step}" if self._resumed else ""
+        journal.say(
+            f"{progress.total_steps} steps of {self.recipe.data.batch_size} images, {self.recipe.epochs} epochs, "
+            f"on {self.ranks.world_size} x {self.options.device.type}{resumed}"
+        )
+        if self.options.resume and not self._resumed:
+            journal.say(f"nothing to resume in {self.options.out}: starting anew")
+        if progress.is_done:
+            journal.say("the run is complete already")
+
+    def _is_time_to_look(self) -> bool:
+        """Whether to read losses back and ask the other ranks now: each step where that costs nothing."""
+        if self.options.device.type == "cpu" and self.ranks.world_size == 1:
+            return True
+        step = self.progress.step
+        return step % STEPS_BETWEEN_LOOKS == 0 or self._epoch_ends() or self.progress.is_done
+
+    def _epoch_ends(self) -> bool:
+        return self.progress.step % self.progress.steps_per_epoch == 0
+
+    def _look(self, interruption: Interruption) -> int | None:
+        """Between two steps: check, log, save, measure; returns an exit status if the run ends here."""
+        if any_rank(not self._is_finite()):
+            return self._stop_on_numbers()
+        monitor, progress = self.recipe.monitor, self.progress
+        if len(self._pending) >= monitor.log_every_steps or self._epoch_ends():
+            self._log()
+        stops = any_rank(bool(interruption.signal_name))
+        if stops or progress.is_done or (self._epoch_ends() and progress.epoch % monitor.checkpoint_every_epochs == 0):
+            self._save()
+        every = monitor.quality_every_epochs
+        if progress.is_done or (every and self._epoch_ends() and progress.epoch % every == 0):
+            self._measure_quality()
+        if progress.is_done:
+            return self._finish()
+        return self._stop_on_signal(interruption.signal_name) if stops else None
+
+    def _is_finite(self) -> bool:
+        """Whether the losses since the last look, and at the end of an epoch the weights too, are numbers."""
+        values = [report.loss for report in self._pending]
+        if self._epoch_ends():
+            values += torch._foreach_norm([p.detach() for p in self.method.online.parameters()])
+        return bool(torch.stack(values).isfinite().all())
+
+    def _stop_on_numbers(self) -> int:
+        bad = next((report for report in self._pending if not report.loss.isfinite()), self._pending[-1])
+        if self._journal:
+            row = _row(bad) | {"step": bad.progress.step, "images": bad.progress.step * self.recipe.data.batch_size}
+            path = self.options.out / "nonfinite.json"
+            write_atomically(path, lambda file: file.write(json.dumps(row, indent=2).encode()))
+            kept = f"the checkpoint before it is kept: {self._checkpoint_path}"
+            if not self._checkpoint_path.exists():
+                kept = "no checkpoint was written before it"
+            self._journal.warn(
+                bad.progress,
+                "not a number",
+                f"the loss or the weights are NaN or infinite; {kept}; the step's report is in {path}. Usual cause: "
+                "learning rate too high. Lower optim.base_lr or lengthen the warm-up",
+            )
+        return 1
+
+    def _log(self) -> None:
+        stretch, self._pending = self._pending, []
+        rows = [_row(report) for report in stretch]
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        values = mean_over_ranks(torch.tensor(list(means.values()), dtype=torch.float64, device=self.options.device))
+        means = dict(zip(means, values.tolist(), strict=True))
+        if not self._journal:
+            return
+        seconds = sum(report.seconds for report in stretch) / len(stretch)
+        row = self._position() | {
+            **means,
+            "images_per_second": self.recipe.data.batch_size / seconds,
+            "seconds_per_step": seconds,
+            "waiting": sum(report.waited for report in stretch) / (seconds * len(stretch)),
+        }
+        self._journal.step(self.progress, row)
+        self._name_collapse(self._journal, means)
+        if len(self.loader.set_aside) > self._known_bad:
+            self._known_bad = len(self.loader.set_aside)
+            self._journal.write("set_aside", {"step": self.progress.step, "images": self.loader.set_aside})
+            self._journal.say(f"{self._known_bad} unusable images set aside so far (named in metrics.jsonl)")
+
+    def _name_collapse(self, journal: Journal, means: dict[str, float]) -> None:
+        """Warn of a symptom once, when it has lasted."""
+        found = {symptom.name: symptom for symptom in find_collapse(means["loss"], self.method.chance_loss, means)}
+        self._symptoms = {name: self._symptoms.get(name, 0) + 1 for name in found}
+        for name, times in self._symptoms.items():
+            if times == STRETCHES_OF_COLLAPSE:
+                journal.warn(self.progress, name, found[name].message)
+
+    def _save(self) -> None:
+        facts = {
+            "data": self._data,
+            "seconds": self._seconds,
+            "views": dataclasses.asdict(self.measurement),
+            "preprocess": dataclasses.asdict(self._preprocess),
+            "version": lowssl_core.__version__,
+        }
+        checkpoint = take_checkpoint(
+            self.method, self.optimizer, recipe=self.recipe, progress=self.progress, facts=facts
+        )
+        if self.ranks.is_first:
+            save_checkpoint(self._checkpoint_path, checkpoint)
+
+    def _measure_quality(self) -> None:
+        if self._journal and self._probe:
+            quality = self._probe.measure(self.method.online.backbone)
+            if self.progress.is_done and self.method.teacher is not None:
+                of_teacher = self._probe.measure(self.method.teacher.backbone)
+                quality |= {f"teacher_{name}": value for name, value in of_teacher.items()}
+            self._journal.quality(self.progress, self._position() | quality)
+        barrier()
+
+    def _position(self) -> dict[str, float]:
+        progress = self.progress
+        return {
+            "step": progress.step,
+            "epoch": progress.step / progress.steps_per_epoch,
+            "images": progress.step * self.recipe.data.batch_size,
+            "seconds": self._seconds,
+        }
+
+    def _stop_on_signal(self, name: str) -> int:
+        if self._journal:
+            self._journal.say(
+                f"stopped by {name or 'a signal to another rank'} at step {self.progress.step}; "
+                "the checkpoint is written: go on with --resume"
+            )
+        return 143 if name == "SIGTERM" else 130
+
+    def _finish(self) -> int:
+        if self._journal:
+            path = self.options.out / ENCODER
+            backbone = self.method.online.backbone
+            info = EncoderInfo(
+                name=self.options.out.name,
+                backbone=self.recipe.backbone.name,
+                width=self.method.online.width,
+                size=self._preprocess.size,
+                resize=self._preprocess.resize,
+                method=self.recipe.method.name,
+                recipe_hash=self.recipe.hash(),
+                branch="student",
+                images_seen=self.progress.step * self.recipe.data.batch_size,
+                data=self._data["description"],
+            )
+            save_encoder(path, backbone, info)
+            self._journal.write("end", self._position())
+            self._journal.say(f"done: {path} (encoder), {self._checkpoint_path} (whole run)")
+        return 0
+
+
+def _row(report: Report) -> dict[str, float]:
+    """A report's numbers, read from the device."""
+    return {
+        "loss": float(report.loss),
+        "global_loss": float(report.global_loss),
+        "local_loss": float(report.local_loss),
+        "learning_rate": report.learning_rate,
+        "weight_decay": report.weight_decay,
+        **{name: float(value) for name, value in report.signals.items()},
+    }
