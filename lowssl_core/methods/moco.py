@@ -86,7 +86,7 @@ class MoCo(Method):
         # A group of one has no BatchNorm statistics.
         groups = max(1, min(self.config.key_groups, len(images) // 2))
         order = torch.randperm(len(images), device=images.device)
-        shuffled = torch.cat([self.teacher([group])[0][0] for group in images[order].chunk(groups)])
+        shuffled = torch.cat([self.teacher([group])[0][0] for group in images[order].tensor_split(groups)])
         return torch.empty_like(shuffled).index_copy_(0, order, shuffled)
 
     def forward(self, views: Views, progress: Progress) -> PairLosses:

@@ -58,7 +58,7 @@ class SwAV(Method):
     """SwAV. Both globals are assigned to prototypes; every other view predicts each assignment."""
 
     synchronised = ("online",)
-    private = ("queue",)
+    private = ("queue", "_extra_state")
     queue: Tensor
 
     def __init__(self, config: SwAVConfig, backbone: BackboneConfig, batch_size: int) -> None:
