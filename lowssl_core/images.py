@@ -70,7 +70,12 @@ def read_size(data: bytes, limits: ImageLimits = _DEFAULT_LIMITS) -> tuple[int, 
     if header is None or header.has_exif:
         with _open(data) as image:
             width, height = image.size
-            if image.getexif().get(0x0112, 1) >= 5:  # orientations 5 to 8 lie on their side
+            limits.check(height, width)
+            try:
+                orientation = image.getexif().get(0x0112, 1)  # Pillow decodes a PNG for this
+            except (OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError) as error:
+                raise BadImage("truncated" if "truncated" in str(error) else f"unreadable: {error}") from error
+            if orientation >= 5:  # orientations 5 to 8 lie on their side
                 width, height = height, width
     else:
         height, width = header.height, header.width
