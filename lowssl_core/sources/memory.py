@@ -58,7 +58,7 @@ def shrink_source(source: Source, short_side: int, *, threads: int = 1) -> tuple
     shrunk = ArraySource(
         images,
         [source.name(index) for index in kept],
-        description=f"{source.description}, shrunk to {short_side} px",
+        description=f"{source.description}, {len(kept)} of them usable and shrunk to {short_side} px",
         split=source.split,
         labels=_labels(source, kept),
         classes=source.classes,

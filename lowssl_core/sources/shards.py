@@ -89,14 +89,19 @@ def index_shard(path: Path, shard: int) -> list[Sample]:
 
     found = []
     for key in sorted(samples):
-        files = samples[key]
-        label = read_label(path, files)
-        found += [
-            Sample(f"{key}.{extension}", member, label)
-            for extension, member in sorted(files.items())
-            if "." + extension.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
-        ]
+        label = read_label(path, samples[key])
+        found += [Sample(f"{key}.{extension}", member, label) for extension, member in image_files(samples[key])]
     return found
+
+
+def image_files(files: dict[str, Member]) -> list[tuple[str, Member]]:
+    """Return those of a sample's files, by extension, that are its image: a.jpg, and not a.mask.png beside it."""
+    images = [
+        (extension, member)
+        for extension, member in sorted(files.items())
+        if "." + extension.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+    ]
+    return [image for image in images if "." not in image[0]] or images
 
 
 def read_label(path: Path, files: dict[str, Member]) -> int | str | None:
