@@ -33,6 +33,7 @@ def normalize(images: Tensor) -> Tensor:
     batch, height, width, _ = images.shape
     # Rows of width * 3 numbers, not of 3: the innermost loop is then long enough for SIMD.
     rows = images.reshape(batch, height, width * 3).float()
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).mul_(255).repeat(width)
-    scale = torch.tensor(IMAGENET_STD, device=images.device).mul_(255).reciprocal_().repeat(width)
-    return rows.sub_(mean).mul_(scale).view(batch, height, width, 3).permute(0, 3, 1, 2)
+    deviation = torch.tensor(IMAGENET_STD, device=images.device)
+    shift = (torch.tensor(IMAGENET_MEAN, device=images.device) / -deviation).repeat(width)
+    torch.addcmul(shift, rows, (255 * deviation).reciprocal().repeat(width), out=rows)
+    return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
 """What the views of an image are: the recipe's settings, and the draw of one image's boxes and magnitudes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -13,6 +13,9 @@ NUM_GLOBALS = 2
 
 Adjustment = Literal["brightness", "contrast", "saturation", "hue"]
 ADJUSTMENTS: tuple[Adjustment, ...] = ("brightness", "contrast", "saturation", "hue")
+
+# Red, green and blue in gray: ITU-R 601, as Pillow converts.
+LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,14 @@ class ViewParameters:
     gray: bool = False
     blur_radius: float = 0.0
     solarize: bool = False
+
+    def rescaled(self, size: tuple[int, ...], new_size: tuple[int, ...]) -> "ViewParameters":
+        """The same view of the image after it was resized from `size` to `new_size`, heights and widths."""
+        top, left, height, width = self.box
+        rows, columns = new_size[0] / size[0], new_size[1] / size[1]
+        top, bottom = round(top * rows), round((top + height) * rows)
+        left, right = round(left * columns), round((left + width) * columns)
+        return replace(self, box=(top, left, max(bottom - top, 1), max(right - left, 1)))
 
 
 # Columns of the block of uniform numbers, after those of the box; one row is one view.
