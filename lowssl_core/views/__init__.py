@@ -2,6 +2,7 @@
 
 from lowssl_core.views.batch import IMAGENET_MEAN, IMAGENET_STD, Views, normalize
 from lowssl_core.views.cpu import CpuViews, read_for_views
+from lowssl_core.views.device import DeviceViews, ImageBatch, pack_images
 from lowssl_core.views.geometry import sample_boxes
 from lowssl_core.views.parameters import (
     NUM_GLOBALS,
@@ -17,6 +18,8 @@ __all__ = [
     "IMAGENET_STD",
     "NUM_GLOBALS",
     "CpuViews",
+    "DeviceViews",
+    "ImageBatch",
     "Measurement",
     "PhotometricConfig",
     "ViewParameters",
@@ -25,6 +28,7 @@ __all__ = [
     "matched_local_size",
     "measure",
     "normalize",
+    "pack_images",
     "pixel_scale_ratio",
     "read_for_views",
     "sample_boxes",
