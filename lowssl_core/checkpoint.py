@@ -1,27 +1,22 @@
 """Checkpoints: one safetensors file that holds a whole run, written atomically, without pickle."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lowssl_core.distributed import gather_rows, rank, world_size
 from lowssl_core.errors import UserError
-from lowssl_core.files import write_atomically
 from lowssl_core.methods.method import Method
 from lowssl_core.recipe import Recipe, differences, recipe_from_dict
 from lowssl_core.schedules import Progress
+from lowssl_core.tensor_file import read_tensors, write_tensors
 
 FORMAT = "lowssl-checkpoint-1"
-METADATA_KEY = "lowssl"
 
 Branch = Literal["student", "teacher"]
 
@@ -61,16 +56,12 @@ def take_checkpoint(
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically: after a crash the file is the old one or the new one, whole."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
-    metadata = {
-        "format": FORMAT,
+    facts = {
         "recipe": checkpoint.recipe.as_dict(),
         "progress": asdict(checkpoint.progress),
-        "facts": checkpoint.facts,
-        "hash": tensors_hash(tensors),
+        "run": checkpoint.facts,
     }
-    data = safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(metadata)})
-    write_atomically(path, lambda file: file.write(data))
+    write_tensors(path, checkpoint.tensors, format=FORMAT, facts=facts)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -79,26 +70,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: no such file, a file of another kind, or a damaged one.
     """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except OSError as error:
-        raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
-    except safetensors.SafetensorError as error:
-        raise UserError(f"checkpoint {path} is damaged or no safetensors file: {error}") from None
-    metadata = json.loads(text) if text else {}
-    if metadata.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is no checkpoint of lowssl-pretrain (format {metadata.get('format')!r}, not {FORMAT!r})"
-        )
-    if tensors_hash(tensors) != metadata["hash"]:
-        raise UserError(f"checkpoint {path} is damaged: its contents do not match the hash written with them")
+    file = read_tensors(path)
+    if file.format != FORMAT:
+        raise UserError(f"{path} is no checkpoint of lowssl-pretrain: its format is {file.format!r}, not {FORMAT!r}")
     return Checkpoint(
-        recipe=recipe_from_dict(metadata["recipe"]),
-        progress=Progress(**metadata["progress"]),
-        facts=metadata["facts"],
-        tensors=tensors,
+        recipe=recipe_from_dict(file.facts["recipe"]),
+        progress=Progress(**file.facts["progress"]),
+        facts=file.facts["run"],
+        tensors=file.tensors,
     )
 
 
@@ -133,16 +112,6 @@ def backbone_state(checkpoint: Checkpoint, branch: Branch) -> dict[str, Tensor]:
     if not state:
         raise UserError(f"a {checkpoint.recipe.method.name} checkpoint has no {branch}; take the student")
     return state
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes, in the order of names; tensors are on the CPU and contiguous."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _named_parameters(optimizer: Optimizer) -> list[tuple[str, Tensor]]:

@@ -191,7 +191,7 @@ def _match(kind: Any, value: Any) -> tuple[bool, object]:
 
 def _method(value: Any, path: str) -> object:
     name = value.get("name") if isinstance(value, Mapping) else None
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise UserError(f"recipe: {path}.name is {name!r}; it is one of {', '.join(METHODS)}")
     return _build(METHODS[name], {key: item for key, item in value.items() if key != "name"}, f"{path}.")
 
