@@ -82,6 +82,10 @@ class Run:
             raise UserError(
                 f"--out {options.out} holds a run already; add --resume to go on with it, or take another folder"
             )
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {options.out}: not a folder that can be written: {error.strerror}") from None
         source = open_source(options.data)
         queries = open_source(options.eval_data) if options.eval_data else None
         batch_size = recipe.data.batch_size
