@@ -1,26 +1,28 @@
 """Batches of views from a source: any step of any epoch, alike for every number of workers and ranks."""
 
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import cv2
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
+from lowssl_core.assembly import Batches, PixelBatch, assemble_on
 from lowssl_core.errors import UserError
-from lowssl_core.images import BadImage
+from lowssl_core.order import Draw, Order, Stream
 from lowssl_core.sources import Source
 from lowssl_core.sources.memory import load_images, shrink_source
-from lowssl_core.views import CpuViews, Views, ViewsConfig, normalize
+from lowssl_core.views import DeviceViews, ImageBatch, Views, ViewsConfig, normalize
 
 __all__ = ["DataConfig", "Loader", "ViewsMode", "load_images"]
 
 ViewsMode = Literal["auto", "cpu", "device"]
+
+_MODES: tuple[Literal["cpu"], Literal["device"]] = ("cpu", "device")
+_MEASURED_IMAGES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,106 +46,16 @@ class DataConfig:
             raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}; it takes 0 <= fraction < 1")
 
 
-class Draw(NamedTuple):
-    """One rank's part of a batch before it is read: the epoch and (B,) indices into the source."""
-
-    epoch: int
-    indices: NDArray[np.int64]
-
-
-class Stream:
-    """Random numbers as pure functions of a seed and what they are for, so that any step can be entered."""
-
-    ORDER, VIEWS, REPLACEMENTS = range(3)
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def __call__(self, *purpose: int) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=purpose)))
-
-
-class Order(Sampler[Draw]):
-    """One rank's endless draws from a step on: each epoch a permutation, less its last partial batch."""
-
-    def __init__(
-        self, num_images: int, batch_size: int, stream: Stream, *, rank: int, world_size: int, start_step: int
-    ) -> None:
-        self._num_images = num_images
-        self._batch_size = batch_size
-        self._stream = stream
-        self._share = batch_size // world_size
-        self._rank = rank
-        self._start_step = start_step
-
-    def __iter__(self) -> Iterator[Draw]:
-        steps_per_epoch = self._num_images // self._batch_size
-        epoch, first = divmod(self._start_step, steps_per_epoch)
-        while True:
-            permutation = self._stream(Stream.ORDER, epoch).permutation(self._num_images)
-            for step in range(first, steps_per_epoch):
-                start = step * self._batch_size + self._rank * self._share
-                yield Draw(epoch, permutation[start : start + self._share])
-            epoch, first = epoch + 1, 0
-
-
-class PixelBatch(NamedTuple):
-    """Views before normalization: (2, B, G, G, 3) and (V, B, L, L, 3) uint8, and the bad images met on the way."""
-
-    globals: Tensor
-    locals: Tensor
-    set_aside: dict[str, str]
-
-
-class CpuBatches(Dataset[PixelBatch]):
-    """Makes a whole batch of views on the CPU core that asks for it; what a worker process holds."""
-
-    def __init__(self, source: Source, views: CpuViews, stream: Stream, max_bad: int) -> None:
-        self._source = source
-        self._views = views
-        self._stream = stream
-        self._max_bad = max_bad
-
-    def __getitem__(self, draw: Draw) -> PixelBatch:
-        config, local_size = self._views.config, self._views.local_size
-        batch, size = len(draw.indices), config.global_size
-        globals_ = torch.empty((2, batch, size, size, 3), dtype=torch.uint8)
-        locals_ = torch.empty((config.num_locals, batch, local_size, local_size, 3), dtype=torch.uint8)
-        into_globals, into_locals = globals_.numpy(), locals_.numpy()
-        set_aside: dict[str, str] = {}
-        for row, index in enumerate(draw.indices.tolist()):
-            made = self._make(draw.epoch, index, set_aside)
-            if made is None:
-                break  # the batch is never used: its reader stops at so many bad images
-            into_globals[:, row], into_locals[:, row] = made
-        return PixelBatch(globals_, locals_, set_aside)
-
-    def _make(
-        self, epoch: int, index: int, set_aside: dict[str, str]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:
-        """Views of image `index`, or of the next usable one in an order of its own; None after too many bad ones."""
-        for candidate in self._candidates(epoch, index):
-            try:
-                image = self._source.read(candidate)
-                # The place's own numbers, so that a replacement differs from its image's usual views.
-                return self._views(image, self._stream(Stream.VIEWS, epoch, index))
-            except BadImage as error:
-                set_aside[self._source.name(candidate)] = error.reason
-            if len(set_aside) > self._max_bad:
-                break
-        return None
-
-    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
-        yield index
-        yield from self._stream(Stream.REPLACEMENTS, epoch, index).permutation(len(self._source)).tolist()
-
-
 class Loader:
     """Endless batches of normalized views of a source's images, on `device`, from any step.
 
     The order is a function of (seed, epoch) and an image's views are one of (seed, epoch, index in the source): neither
     the number of workers nor of ranks nor the step of entry matters. Rank r takes the r-th slice of each global
     batch. A bad image is set aside, and its place taken by another one that the same numbers choose.
+
+    Views are made by the workers (mode cpu) or, of the images that they decode, by the device (mode device): the same
+    views but for rounding. Mode auto measures both where the device is no CPU; a resumed run should ask for the mode
+    that it had.
 
     Attributes: `source` (shrunk, if so configured), `steps_per_epoch`, `mode`, and `set_aside`, the names of the bad
     images met so far on this rank with their reasons.
@@ -180,16 +92,34 @@ class Loader:
         self._stream = Stream(seed)
         self._rank, self._world_size, self._workers = rank, world_size, workers
         self._device = torch.device(device)
-        self.mode: Literal["cpu", "device"] = "cpu"
+        self._device_views = DeviceViews(views, local_size, self._device)
         max_bad = int(config.max_bad_fraction * self._num_images)
-        self._dataset = CpuBatches(source, CpuViews(views, local_size), self._stream, max_bad)
+        self._batches = {
+            made_on: assemble_on(made_on, source, self._stream, views, local_size, max_bad) for made_on in _MODES
+        }
+        self.mode: Literal["cpu", "device"] = self._choose_mode() if mode == "auto" else mode
 
     def batches(self, start_step: int = 0) -> Iterator[Views]:
         """Yield this rank's batches from `start_step` on, counted over all epochs; raises UserError as above.
 
         Each call starts its own workers, which end when the iterator is closed or dropped.
         """
-        order = Order(
+        loader = DataLoader(
+            self._batches[self.mode],
+            batch_size=None,
+            sampler=self._order(start_step),
+            num_workers=self._workers,
+            worker_init_fn=_start_worker,
+            pin_memory=self._device.type == "cuda",
+            # The loader draws its workers' seeds; from the global generator that would change what training draws.
+            generator=torch.Generator(),
+        )
+        for assembled in loader:
+            self._put_aside(assembled.set_aside)
+            yield self._finish(assembled.batch)
+
+    def _order(self, start_step: int) -> Order:
+        return Order(
             len(self.source),
             self._config.batch_size,
             self._stream,
@@ -197,21 +127,35 @@ class Loader:
             world_size=self._world_size,
             start_step=start_step,
         )
-        loader = DataLoader(
-            self._dataset,
-            batch_size=None,
-            sampler=order,
-            num_workers=self._workers,
-            worker_init_fn=_start_worker,
-            pin_memory=self._device.type == "cuda",
-            # The loader draws its workers' seeds; from the global generator that would change what training draws.
-            generator=torch.Generator(),
-        )
-        for batch in loader:
-            self._put_aside(batch.set_aside)
-            globals_ = batch.globals.to(self._device, non_blocking=True)
-            locals_ = batch.locals.to(self._device, non_blocking=True)
-            yield Views([normalize(view) for view in globals_], [normalize(view) for view in locals_])
+
+    def _finish(self, batch: PixelBatch | ImageBatch) -> Views:
+        if isinstance(batch, ImageBatch):
+            return self._device_views(batch)
+        globals_ = batch.globals.to(self._device, non_blocking=True)
+        locals_ = batch.locals.to(self._device, non_blocking=True)
+        return Views([normalize(view) for view in globals_], [normalize(view) for view in locals_])
+
+    def _choose_mode(self) -> Literal["cpu", "device"]:
+        """Time both ways on real images; on a CPU there is nothing to gain from the device's way."""
+        if self._device.type == "cpu":
+            return "cpu"
+        return min(_MODES, key=lambda made_on: self._seconds(self._batches[made_on]))
+
+    def _seconds(self, batches: Batches[Any]) -> float:
+        """Seconds for a batch: its share of the time of workers, who work side by side, and the time of the device."""
+        epoch, indices = next(iter(self._order(0)))
+        draw = Draw(epoch, indices[:_MEASURED_IMAGES])
+        seconds = 0.0
+        for _ in range(2):  # the first time starts libraries and kernels
+            began = time.perf_counter()
+            batch, set_aside = batches[draw]
+            assembled = time.perf_counter()
+            self._put_aside(set_aside)
+            assert batch is not None
+            self._finish(batch)
+            torch.accelerator.synchronize(self._device)
+            seconds = (assembled - began) / max(1, self._workers) + time.perf_counter() - assembled
+        return seconds
 
     def _check_enough(self, source: Source) -> None:
         if len(source) < self._config.batch_size:

@@ -1,6 +1,7 @@
 """The loader: what a batch holds depends on seed, epoch and index alone."""
 
 import io
+import pickle
 from itertools import islice
 from pathlib import Path
 
@@ -63,6 +64,32 @@ def test_two_crops_without_locals() -> None:
 
 def test_workers_change_nothing() -> None:
     assert_same(take(loader_of(workers=0), 5), take(loader_of(workers=2), 5))
+
+
+def test_the_device_makes_the_same_views_but_for_rounding() -> None:
+    for workers in (0, 2):
+        cpu, device = loader_of(mode="cpu"), loader_of(mode="device", workers=workers)
+        for ours, theirs in zip(take(cpu, 4, 2), take(device, 4, 2), strict=True):
+            difference = (ours - theirs).abs() * 0.226 * 255  # in steps of the 256 gray values
+            assert difference.mean() < 1
+            assert difference.quantile(0.99) < 8
+
+
+def test_measuring_both_ways_gives_seconds_and_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    loader = loader_of()
+    first = take(loader, 1)
+    assert all(loader._seconds(batches) > 0 for batches in loader._batches.values())
+    assert_same(first, take(loader, 1))
+
+
+def test_what_workers_get_can_be_pickled_for_spawned_processes() -> None:
+    for mode in ("cpu", "device"):
+        loader = loader_of(mode=mode)
+        draw = next(iter(loader._order(0)))
+        batches = loader._batches[loader.mode]
+        copy = pickle.loads(pickle.dumps(batches))
+        assert torch.equal(flat(loader._finish(batches[draw].batch)), flat(loader._finish(copy[draw].batch)))
 
 
 def test_slices_of_the_ranks_make_the_batch_of_one_rank() -> None:

@@ -1,6 +1,6 @@
 """Where images come from: folders, zips, tar shards, torchvision data sets and the packaged photographs."""
 
 from lowssl_core.sources.opening import open_source
-from lowssl_core.sources.source import ArraySource, Source
+from lowssl_core.sources.source import ArraySource, Image, Source
 
-__all__ = ["ArraySource", "Source", "open_source"]
+__all__ = ["ArraySource", "Image", "Source", "open_source"]
