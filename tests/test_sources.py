@@ -138,12 +138,12 @@ def test_other_and_hidden_files_are_ignored(tmp_path: Path) -> None:
 
 def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     write_folder(tmp_path / "elsewhere", {"1.jpg": b"one", "2.jpg": b"two"})
-    write_folder(tmp_path / "data", {"cat/3.jpg": b"three"})
+    write_folder(tmp_path / "data", {"cat/3.jpg": b"three", "cat/tabby/4.jpg": b"four"})
     (tmp_path / "data" / "dog").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "cat" / "loop").symlink_to(tmp_path / "data")
-    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "cat")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "cat" / "tabby")
     source = open_source(str(tmp_path / "data"))
-    assert [source.name(i) for i in range(len(source))] == ["cat/3.jpg", "dog/1.jpg", "dog/2.jpg"]
+    assert [source.name(i) for i in range(len(source))] == ["cat/3.jpg", "cat/tabby/4.jpg", "dog/1.jpg", "dog/2.jpg"]
 
 
 def test_shards_may_be_a_folder_a_glob_or_a_brace_list(tmp_path: Path) -> None:

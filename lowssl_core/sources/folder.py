@@ -1,6 +1,7 @@
 """A folder tree of images, with or without split and class folders."""
 
 import os
+from collections import deque
 from pathlib import Path
 
 from lowssl_core.errors import UserError
@@ -15,21 +16,21 @@ def list_images(root: Path) -> list[str]:
     Linked folders are followed, each real folder once, so that a link to a parent is no endless tree.
     """
     found: list[str] = []
-    waiting = [("", root)]
+    waiting = deque([("", root)])
     seen: set[tuple[int, int]] = set()
     while waiting:
-        prefix, folder = waiting.pop(0)
+        prefix, folder = waiting.popleft()
         status = folder.stat()
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        # Real folders go before linked ones: an image keeps the name it has without links.
-        entries = sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name))
-        for entry in entries:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             relative = prefix + entry.name
             if entry.is_dir():
                 if not entry.name.startswith("."):
-                    waiting.append((relative + "/", Path(entry.path)))
+                    # Linked folders wait for all real ones: an image keeps the name it has without links.
+                    wait = waiting.append if entry.is_symlink() else waiting.appendleft
+                    wait((relative + "/", Path(entry.path)))
             elif is_image(relative):
                 found.append(relative)
     return sorted(found)
