@@ -55,6 +55,8 @@ class Recipe:
             raise ValueError(f"epochs is {self.epochs}; it is a whole number from 1")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}; it is a number from 0 to 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it is a whole number from 0 to {2**32 - 1}")
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as a tree of plain values, absent ones left out; `recipe_from_dict` reads it back."""
@@ -123,7 +125,7 @@ def _read_toml(name_or_path: str) -> dict[str, Any]:
 def _override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     *parents, last = key.strip().split(".")
-    if not separator or not last:
+    if not separator or not all((*parents, last)):
         raise UserError(f"--set {override}: wanted key=value, for example --set optim.base_lr=0.1")
     branch = tree
     for parent in parents:
@@ -145,7 +147,7 @@ def _build(kind: Any, tree: Mapping[str, Any], path: str) -> object:
     fields = {entry.name: entry for entry in dataclasses.fields(kind)}
     for key in tree:
         if key not in fields:
-            raise UserError(f"recipe: unknown key {path}{key}; {path or 'the recipe '}has {', '.join(fields)}")
+            raise UserError(f"recipe: unknown key {path}{key}; {path[:-1] or 'the recipe'} has {', '.join(fields)}")
     for name, entry in fields.items():
         if name not in tree and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             raise UserError(f"recipe: {path}{name} is missing")
@@ -153,7 +155,8 @@ def _build(kind: Any, tree: Mapping[str, Any], path: str) -> object:
     try:
         return kind(**values)
     except ValueError as error:
-        raise UserError(f"recipe: {path.rstrip('.') + ': ' if path else ''}{error}") from None
+        names_a_key = str(error).split()[0] in fields
+        raise UserError(f"recipe: {path if names_a_key or not path else f'{path[:-1]}: '}{error}") from None
 
 
 def _value(kind: Any, value: Any, path: str) -> object:
@@ -164,7 +167,7 @@ def _value(kind: Any, value: Any, path: str) -> object:
         if not isinstance(value, Mapping):
             raise UserError(f"recipe: {path} is {value!r}; it is a table")
         return _build(kind, value, f"{path}.")
-    for accepted in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+    for accepted in _alternatives(kind):
         matches, converted = _match(accepted, value)
         if matches:
             return converted
@@ -196,11 +199,17 @@ def _method(value: Any, path: str) -> object:
     return _build(METHODS[name], {key: item for key, item in value.items() if key != "name"}, f"{path}.")
 
 
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    # A union with a Literal is typing's own, not the `|` of types.
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+
+
 def _describe(kind: Any) -> str:
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_describe(each) for each in typing.get_args(kind) if each is not types.NoneType)
+    if len(alternatives := _alternatives(kind)) > 1:
+        return " or ".join(_describe(each) for each in alternatives if each is not types.NoneType)
     if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(f'"{value}"' for value in typing.get_args(kind))
+        names = [f'"{value}"' for value in typing.get_args(kind)]
+        return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
     if typing.get_origin(kind) is tuple:
         return f"a list of {len(typing.get_args(kind))} numbers"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, str(kind))
