@@ -2,12 +2,15 @@
 
 import io
 import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -120,34 +123,38 @@ def _decode_jpeg(data: bytes, reduce: int) -> Pixels:
 def _decode_with_pillow(data: bytes, limits: ImageLimits) -> Pixels:
     with _open(data) as image:
         limits.check(image.height, image.width)
-        try:
-            image.load()
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError) as error:
-            reason = "truncated" if "truncated" in str(error) else f"unreadable: {error}"
-            raise BadImage(reason) from error
+        return np.array(_to_rgb(ImageOps.exif_transpose(image)))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16 bits and more: keep the upper eight, don't clip at 255
-        values = np.asarray(image, np.float64)
-        top = 65535.0 if values.max() > 255 else 255.0
-        image = Image.fromarray(np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8))
+    if image.mode.startswith(("I", "F")):  # more than 8 bits: keep the upper ones, where Pillow would clip at 255
+        values = np.nan_to_num(np.asarray(image, np.float64))
+        top = max(values.max(), 1e-9) if image.mode == "F" else 65535
+        image = Image.fromarray(np.clip(values * (255 / top), 0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+@contextmanager
+def _open(data: bytes) -> Iterator[Image.Image]:
+    """Read with Pillow: whatever it raises, there and in the with-block, becomes a BadImage."""
     if not data:
         raise BadImage("empty file")
     try:
-        return Image.open(io.BytesIO(data))
+        # Pillow warns of odd metadata and of large images; the limits above say what is refused.
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        raise BadImage("unreadable: no image format that is known") from error
     except Image.DecompressionBombError as error:
         raise BadImage("huge") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise BadImage("unreadable: no image format that is known") from error
+    except BadImage:
+        raise
+    except Exception as error:  # damaged files make Pillow's readers raise nearly anything
+        cut = isinstance(error, EOFError) or "truncated" in str(error)
+        raise BadImage("truncated" if cut else f"unreadable: {error or type(error).__name__}") from error
 
 
 def _jpeg_header(data: bytes) -> _JpegHeader | None:

@@ -1,7 +1,7 @@
 """Multi-crop views: boxes, magnitudes, the matched local size, and the pipelines that make them."""
 
 from lowssl_core.views.batch import IMAGENET_MEAN, IMAGENET_STD, Views, normalize
-from lowssl_core.views.cpu import CpuViews, read_for_views
+from lowssl_core.views.cpu import CpuViews, read_for_views, render_view
 from lowssl_core.views.device import DeviceViews, ImageBatch, pack_images
 from lowssl_core.views.geometry import sample_boxes
 from lowssl_core.views.parameters import (
@@ -31,6 +31,7 @@ __all__ = [
     "pack_images",
     "pixel_scale_ratio",
     "read_for_views",
+    "render_view",
     "sample_boxes",
     "sample_parameters",
 ]

@@ -96,7 +96,7 @@ def resized_crop(image: Pixels, box: tuple[int, int, int, int], flip: bool, out:
     """Resize a box (top, left, height, width) of `image` into `out`: bicubic, anti-aliased, as Pillow does it."""
     top, left, height, width = box
     crop = image[top : top + height, left : left + width]
-    crop = cast(Pixels, cv2.flip(crop, 1)) if flip else np.ascontiguousarray(crop)
+    crop = cast(Pixels, cv2.flip(crop, 1)) if flip else crop.copy()
     # What `interpolate` calls; given where to write, it makes no planar result and is twice as fast.
     torch.ops.aten._upsample_bicubic2d_aa.out(
         torch.from_numpy(crop.transpose(2, 0, 1)[None]),

@@ -71,7 +71,7 @@ class ViewsConfig:
             raise ValueError(f"global_size is {self.global_size}; it takes a number of pixels, 1 or more")
         if self.num_locals < 0:
             raise ValueError(f"num_locals is {self.num_locals}; it takes 0 or more")
-        if self.local_size != "matched" and self.local_size < 1:
+        if self.local_size != "matched" and not (isinstance(self.local_size, int) and self.local_size >= 1):
             raise ValueError(f'local_size is {self.local_size!r}; it takes a number of pixels or "matched"')
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
