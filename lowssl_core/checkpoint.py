@@ -1,5 +1,7 @@
 """Checkpoints: one safetensors file that holds a whole run, written atomically, without pickle."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,7 +63,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "progress": asdict(checkpoint.progress),
         "run": checkpoint.facts,
     }
-    write_tensors(path, checkpoint.tensors, format=FORMAT, facts=facts)
+    # The file's own hash is of the tensors; a wrong step or seed would spoil a run as well.
+    write_tensors(path, checkpoint.tensors, format=FORMAT, facts=facts | {"hash": _hash(facts)})
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -73,10 +76,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     file = read_tensors(path)
     if file.format != FORMAT:
         raise UserError(f"{path} is no checkpoint of lowssl-pretrain: its format is {file.format!r}, not {FORMAT!r}")
+    facts = {name: value for name, value in file.facts.items() if name != "hash"}
+    if _hash(facts) != file.facts.get("hash"):
+        raise UserError(f"{path} is damaged: its recipe or progress do not match the hash written with them")
     return Checkpoint(
-        recipe=recipe_from_dict(file.facts["recipe"]),
-        progress=Progress(**file.facts["progress"]),
-        facts=file.facts["run"],
+        recipe=recipe_from_dict(facts["recipe"]),
+        progress=Progress(**facts["progress"]),
+        facts=facts["run"],
         tensors=file.tensors,
     )
 
@@ -112,6 +118,10 @@ def backbone_state(checkpoint: Checkpoint, branch: Branch) -> dict[str, Tensor]:
     if not state:
         raise UserError(f"a {checkpoint.recipe.method.name} checkpoint has no {branch}; take the student")
     return state
+
+
+def _hash(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _named_parameters(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
