@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import lowssl_core
 from lowssl_core.backbones import backbone_grid
@@ -26,9 +27,9 @@ from lowssl_core.monitor import QualityProbe
 from lowssl_core.preprocess import Preprocess
 from lowssl_core.recipe import Recipe
 from lowssl_core.schedules import Progress
-from lowssl_core.sources import open_source
+from lowssl_core.sources import Source, open_source
 from lowssl_core.train import Report, train
-from lowssl_core.views import measure
+from lowssl_core.views import Measurement, measure
 
 CHECKPOINT = "checkpoint.safetensors"
 ENCODER = "encoder.safetensors"
@@ -93,15 +94,7 @@ class Run:
         self.method = prepare(recipe.method.build(recipe.backbone, batch_size), options.device, recipe.compute)
         self.optimizer = recipe.optim.build(self.method)
         torch.manual_seed(recipe.seed * 1_000_003 + ranks.rank)
-        sizes = source.sizes(np.random.default_rng(recipe.seed), SIZED_IMAGES)
-        if recipe.data.shrink_to is not None:
-            shortest = sizes.min(axis=1, keepdims=True)
-            sizes = np.round(sizes * np.minimum(1, recipe.data.shrink_to / shortest)).astype(np.int64)
-        grid = backbone_grid(self.method.online.backbone)
-        self.measurement = measure(recipe.views, sizes, grid=grid)
-        for name, size in (("global_size", recipe.views.global_size), ("local_size", self.measurement.local_size)):
-            if size % grid:
-                raise UserError(f"views.{name} is {size}; {recipe.backbone.name} takes multiples of {grid}")
+        self.measurement = measure_views(recipe, source, self.method.online.backbone)
         self.loader = Loader(
             source,
             recipe.views,
@@ -348,6 +341,24 @@ class Run:
             self._journal.write("end", self._position())
             self._journal.say(f"done: {path} (encoder), {self._checkpoint_path} (whole run)")
         return 0
+
+
+def measure_views(recipe: Recipe, source: Source, backbone: nn.Module) -> Measurement:
+    """What a recipe's views are on the images of `source`, as a run has them: shrunk, sizes on the backbone's grid.
+
+    Raises:
+        UserError: the backbone cannot take views of these sizes.
+    """
+    sizes = source.sizes(np.random.default_rng(recipe.seed), SIZED_IMAGES)
+    if recipe.data.shrink_to is not None:
+        shortest = sizes.min(axis=1, keepdims=True)
+        sizes = np.round(sizes * np.minimum(1, recipe.data.shrink_to / shortest)).astype(np.int64)
+    grid = backbone_grid(backbone)
+    measurement = measure(recipe.views, sizes, grid=grid)
+    for name, size in (("global_size", recipe.views.global_size), ("local_size", measurement.local_size)):
+        if size % grid:
+            raise UserError(f"views.{name} is {size}; {recipe.backbone.name} takes multiples of {grid}")
+    return measurement
 
 
 def _row(report: Report) -> dict[str, float]:
