@@ -17,8 +17,9 @@ from lowssl_core.views.parameters import (
     sample_parameters,
 )
 
-_COLOR = np.eye(3)
+# A saturation of f is _GRAY + f * _COLOR, as a matrix on red, green and blue.
 _GRAY = np.tile(np.array(LUMA), (3, 1))
+_COLOR = np.eye(3) - _GRAY
 
 
 class CpuViews:
@@ -111,10 +112,11 @@ def adjust(pixels: Pixels, adjustment: Adjustment, factor: float) -> None:
     if adjustment == "brightness":
         cv2.convertScaleAbs(pixels, dst=pixels, alpha=factor)
     elif adjustment == "contrast":
-        mean = int(np.dot(cv2.mean(pixels)[:3], LUMA) + 0.5)
+        red, green, blue, _ = cv2.mean(pixels)
+        mean = int(LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + 0.5)
         cv2.addWeighted(pixels, factor, pixels, 0, (1 - factor) * mean, dst=pixels)
     elif adjustment == "saturation":
-        cv2.transform(pixels, factor * _COLOR + (1 - factor) * _GRAY, dst=pixels)
+        cv2.transform(pixels, _GRAY + factor * _COLOR, dst=pixels)
     else:
         cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL, dst=pixels)
         # Hue is a byte that wraps; adding (shift, 0, 0) to whole rows is what NumPy does with SIMD.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -121,15 +122,12 @@ def sample_parameters(
     """
     photometric, views = config.photometric, NUM_GLOBALS + config.num_locals
     draws = rng.random((views, _DRAWS_PER_VIEW))
-    is_global = np.arange(views) < NUM_GLOBALS
-    low, high = (
-        np.where(is_global, config.global_scale[end], config.local_scale[end]).astype(np.float64) for end in (0, 1)
-    )
+    low, high = _scale_ranges(config)
     boxes = boxes_from_uniforms(draws[:, :DRAWS_PER_BOX], height, width, low, high).tolist()
-    strengths = _jitter_ranges(photometric)
-    factors = (strengths[0] + (strengths[1] - strengths[0]) * draws[:, _FACTORS]).tolist()
+    least, most = _jitter_ranges(photometric)
+    factors = (least + (most - least) * draws[:, _FACTORS]).tolist()
     orders = draws[:, _ORDER].argsort(axis=1).tolist()
-    active = [low != high for low, high in strengths.T.tolist()]
+    active = (least != most).tolist()
     smallest, largest = photometric.blur_radius
     return [
         ViewParameters(
@@ -149,14 +147,21 @@ def sample_parameters(
     ]
 
 
-def _jitter_ranges(photometric: PhotometricConfig) -> npt.NDArray[np.float64]:
-    """(2, 4): the smallest and largest factor of each adjustment; torchvision's ColorJitter defines them."""
-    return np.array(
-        [
-            *((max(0.0, 1 - s), 1 + s) for s in (photometric.brightness, photometric.contrast, photometric.saturation)),
-            (-photometric.hue, photometric.hue),
-        ]
-    ).T
+@cache
+def _scale_ranges(config: ViewsConfig) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The smallest and largest crop scale of each view, globals first: two (views,) arrays."""
+    scales = np.array([config.global_scale] * NUM_GLOBALS + [config.local_scale] * config.num_locals, np.float64)
+    return scales[:, 0], scales[:, 1]
+
+
+@cache
+def _jitter_ranges(photometric: PhotometricConfig) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The smallest and largest factor of each adjustment, two (4,) arrays, as torchvision's ColorJitter has them."""
+    strengths = np.array([photometric.brightness, photometric.contrast, photometric.saturation])
+    return (
+        np.append(np.maximum(0, 1 - strengths), -photometric.hue),
+        np.append(1 + strengths, photometric.hue),
+    )
 
 
 def _check_probabilities(name: str, values: Sequence[float]) -> None:
