@@ -61,6 +61,9 @@ def run_for_user(program: str, run: Callable[[], int]) -> int:
         # The reader (head, less) has left; what Python flushes at its end has nowhere to go either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a file or folder that cannot be read or written: its name is in the message
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
 
 
 def find_commands() -> list[Command]:

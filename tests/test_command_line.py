@@ -2,6 +2,7 @@ import argparse
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -115,6 +116,17 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> int:
+        (tmp_path / "missing" / "file").write_text("")
+        return 0
+
+    assert run_for_user("lowssl test", run) == 2
+    printed = capsys.readouterr().err
+    assert "missing/file" in printed
+    assert printed.count("\n") == 1
 
 
 def test_other_errors_are_not_hidden() -> None:
