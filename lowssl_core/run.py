@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from lowssl_core.monitor import QualityProbe
 from lowssl_core.preprocess import Preprocess
 from lowssl_core.recipe import Recipe
 from lowssl_core.schedules import Progress
-from lowssl_core.sources import Source, open_source
+from lowssl_core.sources import Source, open_source, open_sources
 from lowssl_core.train import Report, train
 from lowssl_core.views import Measurement, measure
 
@@ -46,7 +47,7 @@ class RunOptions:
     """Where a run happens; nothing here changes its result.
 
     Attributes:
-        data: images to train on, as `open_source` takes them.
+        data: images to train on, each as `open_source` takes it.
         eval_data: images held out for the quality along the way, or None.
         out: the run's folder.
         resume: whether to go on from the folder's checkpoint.
@@ -55,13 +56,17 @@ class RunOptions:
         workers: processes that load images.
     """
 
-    data: str
+    data: Sequence[str]
     eval_data: str | None
     out: Path
     resume: bool
     device: torch.device
     views: ViewsMode
     workers: int
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UserError(f"--workers {self.workers}: wanted a number of processes, 0 or more")
 
 
 class Run:
@@ -87,11 +92,14 @@ class Run:
             options.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {options.out}: not a folder that can be written: {error.strerror}") from None
-        source = open_source(options.data)
+        source = open_sources(options.data)
         queries = open_source(options.eval_data) if options.eval_data else None
-        batch_size = recipe.data.batch_size
         torch.manual_seed(recipe.seed)
-        self.method = prepare(recipe.method.build(recipe.backbone, batch_size), options.device, recipe.compute)
+        try:
+            method = recipe.method.build(recipe.backbone, recipe.data.batch_size)
+        except ValueError as error:
+            raise UserError(f"recipe: {error}") from None
+        self.method = prepare(method, options.device, recipe.compute)
         self.optimizer = recipe.optim.build(self.method)
         torch.manual_seed(recipe.seed * 1_000_003 + ranks.rank)
         self.measurement = measure_views(recipe, source, self.method.online.backbone)
@@ -130,8 +138,8 @@ class Run:
         checkpoint = load_checkpoint(self._checkpoint_path)
         if checkpoint.facts["data"]["images"] != self._data["images"]:
             raise UserError(
-                f"--data {self.options.data} has {self._data['images']} images, the run in {self.options.out} had "
-                f"{checkpoint.facts['data']['images']}: give the same data, or take another folder"
+                f"--data {' '.join(self.options.data)} has {self._data['images']} images, the run in "
+                f"{self.options.out} had {checkpoint.facts['data']['images']}: give the same data, or another folder"
             )
         restore(checkpoint, self.method, self.optimizer, recipe=self.recipe)
         self.progress = checkpoint.progress
@@ -212,12 +220,12 @@ class Run:
 
     def _look(self, interruption: Interruption) -> int | None:
         """Between two steps: check, log, save, measure; returns an exit status if the run ends here."""
-        if any_rank(not self._is_finite()):
-            return self._stop_on_numbers()
         monitor, progress = self.recipe.monitor, self.progress
+        stops = any_rank(bool(interruption.signal_name))
+        if any_rank(not self._is_finite(with_weights=stops or self._epoch_ends())):
+            return self._stop_on_numbers()
         if len(self._pending) >= monitor.log_every_steps or self._epoch_ends():
             self._log()
-        stops = any_rank(bool(interruption.signal_name))
         if stops or progress.is_done or (self._epoch_ends() and progress.epoch % monitor.checkpoint_every_epochs == 0):
             self._save()
         every = monitor.quality_every_epochs
@@ -227,11 +235,11 @@ class Run:
             return self._finish()
         return self._stop_on_signal(interruption.signal_name) if stops else None
 
-    def _is_finite(self) -> bool:
-        """Whether the losses since the last look, and at the end of an epoch the weights too, are numbers."""
+    def _is_finite(self, with_weights: bool) -> bool:
+        """Whether the losses since the last look are numbers, and the weights too where they may be saved."""
         values = [report.loss for report in self._pending]
-        if self._epoch_ends():
-            values += torch._foreach_norm([p.detach() for p in self.method.online.parameters()])
+        if with_weights:
+            values += torch._foreach_norm([p.detach() for p in self.method.parameters()])
         return bool(torch.stack(values).isfinite().all())
 
     def _stop_on_numbers(self) -> int:
