@@ -1,5 +1,7 @@
 """How a method runs on a device: memory format, precision, compilation, synchronised BatchNorm."""
 
+import ctypes
+import platform
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +12,9 @@ from lowssl_core.distributed import world_size
 from lowssl_core.errors import UserError
 from lowssl_core.methods.heads import Network
 from lowssl_core.methods.method import Method
+
+# Numbers of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +54,11 @@ def prepare(method: Method, device: torch.device, config: ComputeConfig) -> Meth
     """Move a method to `device` and set it up as `config` says; returns it, changed in place.
 
     Under torchrun on GPUs the BatchNorm of the networks that `Method.synchronised` names is synchronised over ranks.
+    On a CPU the process keeps the memory that a step frees (`keep_freed_memory`).
     """
     method.to(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if world_size() > 1 and device.type == "cuda":
         for name in method.synchronised:
             network = getattr(method, name)
@@ -65,3 +73,14 @@ def prepare(method: Method, device: torch.device, config: ComputeConfig) -> Meth
         if config.compile:
             network.backbone.compile()
     return method.train()
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, up to 1 GiB at a time, where its C library is glibc.
+
+    Each step allocates the same large tensors. By default glibc hands them back to the system in between, and the
+    system clears every page of them again: up to a tenth of a small network's step. The peak stays what it is.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        for threshold in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(threshold, 2**30)
