@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import timm
 from timm.models.resnet import BasicBlock, ResNet
@@ -31,23 +31,19 @@ class BackboneConfig:
 
 
 def _tiny_resnet(drop_path_rate: float) -> nn.Module:
-    return cast(
-        nn.Module,
-        ResNet(
-            BasicBlock,
-            (1, 1, 1, 1),
-            channels=(32, 64, 128, 256),
-            num_classes=0,
-            zero_init_last=False,
-            drop_path_rate=drop_path_rate,
-        ),
+    return ResNet(
+        BasicBlock,  # type: ignore[arg-type]  # timm's annotation asks for an instance, its code for the class
+        (1, 1, 1, 1),
+        channels=(32, 64, 128, 256),
+        num_classes=0,
+        zero_init_last=False,
+        drop_path_rate=drop_path_rate,
     )
 
 
 def _timm(name: str, **options: Any) -> Callable[[float], nn.Module]:
-    return lambda drop_path_rate: cast(
-        nn.Module,
-        timm.create_model(name, pretrained=False, num_classes=0, drop_path_rate=drop_path_rate, **options),
+    return lambda drop_path_rate: timm.create_model(
+        name, pretrained=False, num_classes=0, drop_path_rate=drop_path_rate, **options
     )
 
 
@@ -92,16 +88,13 @@ def _any_timm_model(name: str, drop_path: float) -> nn.Module:
         raise UserError(f"backbone {name!r} is neither one of {', '.join(BACKBONES)} nor a timm model{hint}")
     # Not every model takes every option: the ones that a size or stochastic depth needs are tried first.
     drop = {"drop_path_rate": drop_path} if drop_path else {}
-    for options in ({"dynamic_img_size": True, **drop}, drop):
+    attempts: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True, **drop}, drop)
+    for options in attempts:
         try:
-            return _timm_without_head(name, options)
+            return timm.create_model(name, pretrained=False, num_classes=0, **options)
         except TypeError:
             continue
     raise UserError(f"backbone {name!r} has no stochastic depth; leave backbone.drop_path at 0")
-
-
-def _timm_without_head(name: str, options: Mapping[str, Any]) -> nn.Module:
-    return cast(nn.Module, timm.create_model(name, pretrained=False, num_classes=0, **options))
 
 
 def backbone_grid(module: nn.Module) -> int:

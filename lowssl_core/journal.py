@@ -34,7 +34,7 @@ class Journal:
         self._path = folder / "metrics.jsonl"
         _drop_rows_after(self._path, start.step)
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start.step)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start.step)
         self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._last_line = -math.inf
         self._live: Progress | None = None
@@ -59,7 +59,7 @@ class Journal:
         if self._live:
             self._live.stop()
         self._file.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
     def say(self, text: str) -> None:
         """Show a line."""
@@ -101,7 +101,7 @@ class Journal:
     def _plot(self, prefix: str, step: int, row: Mapping[str, float]) -> None:
         for name, value in row.items():
             if name not in ("step", "epoch"):
-                self._board.add_scalar(f"{prefix}/{name}", value, step)  # type: ignore[no-untyped-call]
+                self._board.add_scalar(f"{prefix}/{name}", value, step)
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -67,7 +67,8 @@ def collect_pairs(
 
     `target_views` and `predicted_views` name the view of each row and column; views from `num_globals` on are local.
     """
-    global_pairs, local_pairs = [], []
+    global_pairs: list[Tensor] = []
+    local_pairs: list[Tensor] = []
     for row, target in enumerate(target_views):
         for column, predicted in enumerate(predicted_views):
             if target != predicted:

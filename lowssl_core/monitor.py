@@ -73,7 +73,9 @@ class QualityProbe:
         self.copies = retrieval_copies(self.images, seed=0)
         self._bank: Sequence[NDArray[np.uint8]] = ()
         self._bank_labels: Sequence[int] | None = None
-        if self._labels is not None and source.classes is not None:
+        # Labels of another set of classes would be compared as if they were the same.
+        shares_classes = queries is None or queries.classes == source.classes
+        if self._labels is not None and source.classes is not None and shares_classes:
             self._bank, self._bank_labels, _ = load_images(source, order[: 10 * count].tolist(), shrink_to=shrink_to)
 
     def measure(self, backbone: nn.Module) -> dict[str, float]:

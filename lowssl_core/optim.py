@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,9 @@ class LARS(Optimizer):
                 self._step_group(group, parameters)
 
     def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        updates = torch._foreach_add([p.grad for p in parameters], parameters, alpha=group["weight_decay"])
+        updates = torch._foreach_add(
+            [cast(Tensor, p.grad) for p in parameters], parameters, alpha=group["weight_decay"]
+        )
         if group["use_trust_ratio"]:
             torch._foreach_mul_(updates, _trust_ratios(parameters, updates, group["trust_coefficient"]))
         buffers = []
