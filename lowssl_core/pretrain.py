@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         required=True,
-        help="a folder or zip of images, tar shards, or cifar10 or photos; ::SPLIT chooses a part",
+        action="append",
+        help="a folder or zip of images, tar shards, cifar10 or photos; ::SPLIT chooses a part; may be given repeatedly",
     )
     parser.add_argument(
         "--eval-data", help="images held out, for the quality measured along the way (default: some of --data)"
