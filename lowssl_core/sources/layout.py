@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 
 from lowssl_core.errors import UserError
 
@@ -82,7 +82,10 @@ def arrange(paths: Sequence[str], split: str | None, origin: str) -> Layout:
 
 
 def describe(origin: str, count: int, split: str | None, classes: Sequence[str] | None) -> str:
-    """Say in a few words what was opened: where, which split, how many images and classes."""
+    """Say in a few words what was opened: its last name, which split, how many images and classes.
+
+    Descriptions travel in encoders' files, which tell no paths of the machine that made them.
+    """
     part = f", split {split}" if split is not None else ""
     labels = f", {len(classes)} classes" if classes is not None else ", no labels"
-    return f"{origin}{part}: {count} images{labels}"
+    return f"{PurePath(origin).name or origin}{part}: {count} images{labels}"
