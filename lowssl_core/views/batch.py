@@ -1,6 +1,7 @@
 """A batch of views as methods take it, and the one normalization from uint8 to float."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,7 +34,14 @@ def normalize(images: Tensor) -> Tensor:
     batch, height, width, _ = images.shape
     # Rows of width * 3 numbers, not of 3: the innermost loop is then long enough for SIMD.
     rows = images.reshape(batch, height, width * 3).float()
-    deviation = torch.tensor(IMAGENET_STD, device=images.device)
-    shift = (torch.tensor(IMAGENET_MEAN, device=images.device) / -deviation).repeat(width)
-    torch.addcmul(shift, rows, (255 * deviation).reciprocal().repeat(width), out=rows)
+    shift, scale = _affine(width, images.device)
+    torch.addcmul(shift, rows, scale, out=rows)
     return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
+
+
+@cache
+def _affine(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What is added to and multiplied with a row of `width` pixels, (3 * width,) each; sent to the device only once."""
+    with torch.inference_mode(False):  # kept for training, wherever the first call comes from
+        mean, deviation = (torch.tensor(values).repeat(width) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return (-mean / deviation).to(device), (255 * deviation).reciprocal().to(device)
