@@ -167,7 +167,7 @@ def _turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     chroma = value - pixels.amin(dim=1)
     sixth = torch.where(largest == 0, green - blue, torch.where(largest == 1, blue - red, red - green))
     hue = sixth / chroma.clamp(min=1e-6) + 2 * largest + 6 * turns[:, None, None]
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=pixels.device)[:, None, None]
+    offsets = torch.arange(5, 0, -2, device=pixels.device)[:, None, None]  # 5, 3, 1: made there, nothing is sent
     phase = (hue[:, None] + offsets).remainder(6)
     return value[:, None] - chroma[:, None] * torch.minimum(phase, 4 - phase).clamp(0, 1)
 
