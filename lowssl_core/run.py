@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 import lowssl_core
 from lowssl_core.backbones import backbone_grid
-from lowssl_core.checkpoint import load_checkpoint, restore, save_checkpoint, take_checkpoint
+from lowssl_core.checkpoint import Checkpoint, load_checkpoint, restore, save_checkpoint, take_checkpoint
 from lowssl_core.collapse import find_collapse
 from lowssl_core.compute import prepare
 from lowssl_core.distributed import Ranks, any_rank, barrier, mean_over_ranks
@@ -92,6 +92,7 @@ class Run:
             options.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {options.out}: not a folder that can be written: {error.strerror}") from None
+        checkpoint = load_checkpoint(self._checkpoint_path) if self._checkpoint_path.exists() else None
         source = open_sources(options.data)
         queries = open_source(options.eval_data) if options.eval_data else None
         torch.manual_seed(recipe.seed)
@@ -113,7 +114,7 @@ class Run:
             world_size=ranks.world_size,
             workers=options.workers,
             device=options.device,
-            mode=options.views,
+            mode=_views_mode(options.views, checkpoint),
         )
         preprocess = Preprocess(size=recipe.views.global_size)
         self._preprocess = preprocess
@@ -126,16 +127,15 @@ class Run:
         self.progress = Progress(step=0, total_steps=steps * recipe.epochs, steps_per_epoch=steps)
         self._data: dict[str, Any] = {"images": len(self.loader.source), "description": source.description}
         self._seconds = 0.0
-        self._resumed = options.resume and self._checkpoint_path.exists()
-        if self._resumed:
-            self._restore()
+        self._resumed = checkpoint is not None
+        if checkpoint:
+            self._restore(checkpoint)
         self._journal: Journal | None = None
         self._pending: list[Report] = []
         self._symptoms: dict[str, int] = {}
         self._known_bad = 0
 
-    def _restore(self) -> None:
-        checkpoint = load_checkpoint(self._checkpoint_path)
+    def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.facts["data"]["images"] != self._data["images"]:
             raise UserError(
                 f"--data {' '.join(self.options.data)} has {self._data['images']} images, the run in "
@@ -294,6 +294,7 @@ class Run:
             "data": self._data,
             "seconds": self._seconds,
             "views": dataclasses.asdict(self.measurement),
+            "views_made_on": self.loader.mode,
             "preprocess": dataclasses.asdict(self._preprocess),
             "version": lowssl_core.__version__,
         }
@@ -379,3 +380,10 @@ def _row(report: Report) -> dict[str, float]:
         "weight_decay": report.weight_decay,
         **{name: float(value) for name, value in report.signals.items()},
     }
+
+
+def _views_mode(asked: ViewsMode, checkpoint: Checkpoint | None) -> ViewsMode:
+    """Where views are made: as asked, but a resumed run that leaves it open goes on as it began."""
+    if asked == "auto" and checkpoint is not None:
+        return cast(ViewsMode, checkpoint.facts["views_made_on"])
+    return asked
