@@ -10,10 +10,16 @@ import torch
 from torch import nn
 
 from lowssl_core import encoder as encoder_module
-from lowssl_core.backbones import build_backbone
+from lowssl_core.backbones import BackboneConfig, build_backbone
+from lowssl_core.checkpoint import save_checkpoint, take_checkpoint
 from lowssl_core.encoder import EncoderInfo, load_encoder, save_encoder
 from lowssl_core.errors import UserError
+from lowssl_core.loader import DataConfig
+from lowssl_core.methods import DINOConfig, MoCoConfig, SwAVConfig
+from lowssl_core.methods.method import Method
 from lowssl_core.preprocess import Preprocess
+from lowssl_core.recipe import Recipe
+from lowssl_core.schedules import Progress
 from lowssl_core.views import IMAGENET_MEAN, IMAGENET_STD
 
 INFO = EncoderInfo(
@@ -131,6 +137,53 @@ def test_a_file_that_is_damaged_or_mismatched_is_refused_in_one_line(
 def test_what_is_no_file_is_refused(tmp_path: Path, path: str) -> None:
     with pytest.raises(UserError, match=str(tmp_path)):
         load_encoder(tmp_path / path)
+
+
+def checkpoint_file(folder: Path, method_config: DINOConfig | MoCoConfig | SwAVConfig) -> tuple[Path, Method]:
+    """A checkpoint of a method whose student and teacher differ, and the method."""
+    recipe = Recipe(
+        method=method_config, backbone=BackboneConfig(name="resnet_tiny"), data=DataConfig(batch_size=4), epochs=2
+    )
+    torch.manual_seed(0)
+    method = recipe.method.build(recipe.backbone, 4)
+    with torch.no_grad():
+        for parameter in method.online.backbone.parameters():
+            parameter.mul_(1.5)
+    facts = {"data": {"images": 9, "description": "noise"}, "preprocess": {"size": 16, "resize": 20}}
+    progress = Progress(step=3, total_steps=4, steps_per_epoch=2)
+    checkpoint = take_checkpoint(method, recipe.optim.build(method), recipe=recipe, progress=progress, facts=facts)
+    path = folder / "a run" / "checkpoint.safetensors"
+    save_checkpoint(path, checkpoint)
+    return path, method
+
+
+@pytest.mark.parametrize("config", [DINOConfig(hidden=8, outputs=6), MoCoConfig(hidden=8, outputs=6, queue_length=8)])
+def test_a_checkpoint_is_an_encoder_of_either_branch(tmp_path: Path, config: DINOConfig | MoCoConfig) -> None:
+    path, method = checkpoint_file(tmp_path, config)
+    assert method.teacher is not None
+    student, teacher = load_encoder(path), load_encoder(path, branch="teacher")
+    assert student.info == EncoderInfo(
+        name="a run",
+        backbone="resnet_tiny",
+        width=256,
+        size=16,
+        resize=20,
+        method=config.name,
+        recipe_hash=student.info.recipe_hash,
+        branch="student",
+        images_seen=12,
+        data="noise",
+    )
+    assert teacher.info == dataclasses.replace(student.info, branch="teacher")
+    for encoder, network in ((student, method.online), (teacher, method.teacher)):
+        expected = encoder_module.Encoder(network.backbone, encoder.info).embed(pictures(3))
+        torch.testing.assert_close(encoder.embed(pictures(3)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_method_without_a_moving_average_has_no_teacher_to_load(tmp_path: Path) -> None:
+    path, _ = checkpoint_file(tmp_path, SwAVConfig(hidden=8, outputs=6, prototypes=5))
+    with pytest.raises(UserError, match="no teacher"):
+        load_encoder(path, branch="teacher")
 
 
 def test_the_default_encoder_loads_or_says_that_it_is_not_there() -> None:
