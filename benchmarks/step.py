@@ -102,7 +102,7 @@ def _arguments() -> argparse.ArgumentParser:
         default=12288,
         help="MoCo's keys (default: 12288, to the recipe's 65536 as 96 px are to 224 px in area)",
     )
-    parser.add_argument("--turns", type=int, default=5, help="steps of each side that count (default: 5)")
+    parser.add_argument("--turns", type=int, default=3, help="steps of each side that count (default: 3)")
     parser.add_argument("--threads", type=int, help="threads of each side (default: torch's choice)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument(
