@@ -1,6 +1,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
+# Threads that wait give way: spinning ones slow a shared machine down many times over.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: help setup demo test check clean
 
 help:  ## Say what there is

@@ -1,17 +1,17 @@
 """Watching a run: label-free quality and k-NN every few epochs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from lowssl_core.encoder import embed
+from lowssl_core.images import Pixels
 from lowssl_core.loader import load_images
 from lowssl_core.preprocess import Preprocess
-from lowssl_core.quality import knn_accuracy, rankme, retrieval_copies, retrieval_recall
+from lowssl_core.quality import knn_accuracy, rankme, raw_pixels, retrieval_copies, retrieval_recall
 from lowssl_core.sources import Source
 
 
@@ -71,7 +71,7 @@ class QualityProbe:
         else:
             self.images, self._labels, _ = load_images(queries, limit=count, shrink_to=shrink_to)
         self.copies = retrieval_copies(self.images, seed=0)
-        self._bank: Sequence[NDArray[np.uint8]] = ()
+        self._bank: Sequence[Pixels] = ()
         self._bank_labels: Sequence[int] | None = None
         # Labels of another set of classes would be compared as if they were the same.
         shares_classes = queries is None or queries.classes == source.classes
@@ -86,15 +86,18 @@ class QualityProbe:
         """
         was_training = backbone.training
         backbone.eval()
-        features = embed(backbone, self.images, self._preprocess)
-        copies = embed(backbone, self.copies, self._preprocess)
-        quality = {"rankme": rankme(features), "retrieval": retrieval_recall(features, copies)}
-        if self._bank_labels is not None and self._labels is not None:
-            quality["knn"] = knn_accuracy(
-                embed(backbone, self._bank, self._preprocess),
-                torch.tensor(self._bank_labels),
-                features,
-                torch.tensor(self._labels),
-            )
+        quality = self._judge(lambda images: embed(backbone, images, self._preprocess))
         backbone.train(was_training)
+        return quality
+
+    def measure_pixels(self) -> dict[str, float]:
+        """The same figures of raw pixels (`raw_pixels`): what needs no learning."""
+        return self._judge(raw_pixels)
+
+    def _judge(self, features_of: Callable[[Sequence[Pixels]], Tensor]) -> dict[str, float]:
+        features = features_of(self.images)
+        quality = {"rankme": rankme(features), "retrieval": retrieval_recall(features, features_of(self.copies))}
+        if self._bank_labels is not None and self._labels is not None:
+            labels = torch.tensor(self._bank_labels), torch.tensor(self._labels)
+            quality["knn"] = knn_accuracy(features_of(self._bank), labels[0], features, labels[1])
         return quality

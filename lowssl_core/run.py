@@ -307,6 +307,11 @@ class Run:
     def _measure_quality(self) -> None:
         if self._journal and self._probe:
             quality = self._probe.measure(self.method.online.backbone)
+            if self.progress.step == 0:
+                pixels = self._probe.measure_pixels()
+                quality |= {f"pixels_{name}": value for name, value in pixels.items()}
+                figures = ", ".join(f"{name} {pixels[name]:.3f}" for name in ("retrieval", "knn") if name in pixels)
+                self._journal.say(f"yardstick, raw pixels: {figures}; the network as it starts:")
             if self.progress.is_done and self.method.teacher is not None:
                 of_teacher = self._probe.measure(self.method.teacher.backbone)
                 quality |= {f"teacher_{name}": value for name, value in of_teacher.items()}

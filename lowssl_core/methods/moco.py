@@ -93,10 +93,10 @@ class MoCo(Method):
         """InfoNCE of the queries against their key and the queue: 1 and V pairs."""
         keys = self._keys(views.globals[0])
         queries, features = self.online(views.globals[1:], views.locals)  # (1 + V, B, D)
-        own = torch.einsum("sbd,bd->sb", queries, keys)
-        others = queries @ self.queue.T  # (1 + V, B, queue)
-        logits = torch.cat([own.unsqueeze(-1), others], dim=-1) / self.config.temperature
-        losses = torch.logsumexp(logits, dim=-1) - logits[..., 0]
+        scaled = queries / self.config.temperature
+        own = torch.einsum("sbd,bd->sb", scaled, keys)
+        others = scaled @ self.queue.T  # (1 + V, B, queue); large: it is not copied to stand beside `own`
+        losses = torch.logaddexp(own, torch.logsumexp(others, dim=-1)) - own
         # The queue is part of this step's backward pass: it moves only afterwards.
         self._new_keys = keys
         with torch.no_grad():
