@@ -44,8 +44,8 @@ def choose_device(name: str) -> torch.device:
         return accelerator if accelerator is not None and accelerator.type == "cuda" else torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try auto or cpu") from None
     return device
 
