@@ -1,6 +1,7 @@
 """The one training loop, a generator: one optimizer step for each batch, one report for each step."""
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -72,7 +73,10 @@ def train(
     model: nn.Module = method
     if world_size() > 1:
         # Buffers are no business of DDP: statistics are synchronised or a rank's own, queues are the same everywhere.
-        model = DistributedDataParallel(method, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # Newer releases of torch have another name for the option, which the older ones do not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            model = DistributedDataParallel(method, broadcast_buffers=False)
     progress = start
     source = iter(batches)
     while not progress.is_done:
