@@ -103,9 +103,10 @@ def restore(checkpoint: Checkpoint, method: Method, optimizer: Optimizer, *, rec
             like = parameter if value.shape == parameter.shape else value
             optimizer.state[parameter][key] = torch.empty_like(like, dtype=value.dtype).copy_(value)
     if len(tensors["rng.cpu"]) == world_size():
-        torch.set_rng_state(tensors["rng.cpu"][rank()])
+        # Copies: a generator reads its state from where a tensor's memory begins, not from where its row does.
+        torch.set_rng_state(tensors["rng.cpu"][rank()].clone())
         if "rng.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["rng.cuda"][rank()])
+            torch.cuda.set_rng_state(tensors["rng.cuda"][rank()].clone())
 
 
 def backbone_state(checkpoint: Checkpoint, branch: Branch) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """A checkpoint gives a run back to the last bit, or is refused in one line; a crash never leaves a part of one."""
 
+import dataclasses
 import os
 import signal
 from itertools import islice
@@ -182,6 +183,24 @@ def test_restoring_brings_the_random_numbers_back():
     expected = torch.rand(5)
     torch.manual_seed(9)
     restore(taken, method, optimizer, recipe=recipe)
+    assert torch.equal(torch.rand(5), expected)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_gets_its_own_random_numbers_back(rank, monkeypatch):
+    recipe, _, method, optimizer, taken = trained("moco")
+    torch.manual_seed(5)
+    torch.rand(rank + 1)
+    expected = torch.rand(5)
+    states = []
+    for each in (0, 1):
+        torch.manual_seed(5)
+        torch.rand(each + 1)
+        states.append(torch.get_rng_state())
+    both = dataclasses.replace(taken, tensors={**taken.tensors, "rng.cpu": torch.stack(states)})
+    monkeypatch.setattr("lowssl_core.checkpoint.world_size", lambda: 2)
+    monkeypatch.setattr("lowssl_core.checkpoint.rank", lambda: rank)
+    restore(both, method, optimizer, recipe=recipe)
     assert torch.equal(torch.rand(5), expected)
 
 
