@@ -140,7 +140,7 @@ def _draw_ratio(axis: Axes, config: ViewsConfig, measurement: Measurement) -> No
     # The curve falls: above it to the right and below it to the left there is room for words.
     axis.plot([matched], [constant / matched**2], "o", color=GREEN, markersize=10, zorder=3)
     below: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "top", "fontsize": 10}
-    axis.annotate(f"matched: {matched} px", (matched, constant / matched**2), (-8, -6), color=GREEN, **below)
+    axis.annotate(f"matched: {matched} px", (matched, constant / matched**2), (-8, -9), color=GREEN, **below)
     axis.plot([used], [measurement.ratio], "D", color=LOCAL, markersize=5.5, zorder=4)
     above: dict[str, Any] = {"textcoords": "offset points", "ha": "left", "va": "bottom", "fontsize": 10}
     axis.annotate(

@@ -15,7 +15,7 @@ from lowssl_core.sources.memory import load_images
 from lowssl_core.views import Measurement, ViewsConfig
 
 # How many images the one for the figure is chosen from.
-CANDIDATES = 16
+CANDIDATES = 32
 
 
 def preview(path: Path, recipe: Recipe, source: Source) -> Measurement:
@@ -60,4 +60,4 @@ def _choose_image(source: Source, shrink_to: int | None) -> NDArray[np.uint8]:
     images, _, _ = load_images(source, limit=CANDIDATES, shrink_to=shrink_to)
     if not images:
         raise UserError(f"{source.description}: none of {CANDIDATES} images drawn can be read")
-    return max(images, key=lambda image: float(image.std()))
+    return max(images, key=lambda image: float(image.mean(2).std()))

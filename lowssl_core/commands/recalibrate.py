@@ -38,7 +38,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--data {arguments.data}: {error}") from None
     if done.layers:
         info = dataclasses.replace(encoder.info, branch="recalibrated")
-        print(f"re-estimated {done.layers} BatchNorm layers on {done.images} images of {source.description}")
+        print(f"re-estimated {done.layers} BatchNorm layers on {done.images} images ({source.description})")
     else:
         info = encoder.info
         print(f"{info.backbone} has no BatchNorm: nothing to re-estimate, the weights stay as they are")
