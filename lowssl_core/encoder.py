@@ -1,10 +1,9 @@
 """Encoders: a backbone with all that is needed to embed an image, in one file that is checked when read."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lowssl_core.backbones import build_backbone
+from lowssl_core.checkpoint import backbone_state, load_checkpoint
+from lowssl_core.embedding import embed
 from lowssl_core.errors import UserError
 from lowssl_core.preprocess import Preprocess
 from lowssl_core.tensor_file import TensorFile, read_tensors, write_tensors
-from lowssl_core.views import normalize
 
 FORMAT = "lowssl-encoder-1"
 DEFAULT = "default"
@@ -92,29 +92,6 @@ class Encoder:
         return self
 
 
-def embed(
-    backbone: nn.Module, images: Iterable[NDArray[np.uint8]], preprocess: Preprocess, batch_size: int = 64
-) -> Tensor:
-    """Features (N, D) of images, float32, on the CPU, not L2-normalised; `backbone` must be in evaluation mode."""
-    if backbone.training:
-        raise ValueError("the backbone is in training mode: features would depend on how images are batched")
-    with torch.inference_mode():
-        features = [backbone(batch).float().cpu() for batch in input_batches(images, preprocess, batch_size, backbone)]
-    if not features:
-        raise ValueError("there are no images to embed")
-    return torch.cat(features).clone()  # a plain tensor: one of inference mode cannot be trained on
-
-
-def input_batches(
-    images: Iterable[NDArray[np.uint8]], preprocess: Preprocess, batch_size: int, backbone: nn.Module
-) -> Iterator[Tensor]:
-    """Evaluation-style input for `backbone` on its device, (B, 3, size, size) each, a batch at a time."""
-    device = next(backbone.parameters()).device
-    remaining = iter(images)
-    while batch := [preprocess(image) for image in islice(remaining, batch_size)]:
-        yield normalize(torch.from_numpy(np.stack(batch)).to(device))
-
-
 def save_encoder(path: Path, backbone: nn.Module, info: EncoderInfo, half: bool = False) -> EncoderInfo:
     """Write an encoder's file atomically, with `half` in fp16; returns `info` with the hash of the stored weights."""
     state = backbone.state_dict()
@@ -169,9 +146,6 @@ def _read_encoder(path: Path, content: TensorFile) -> tuple[dict[str, Tensor], E
 
 
 def _read_checkpoint(path: Path, branch: Literal["student", "teacher"]) -> tuple[dict[str, Tensor], EncoderInfo]:
-    # Here, because checkpoints know recipes, and those know the quality that is measured with this module.
-    from lowssl_core.checkpoint import backbone_state, load_checkpoint
-
     checkpoint = load_checkpoint(path)
     recipe, facts = checkpoint.recipe, checkpoint.facts
     _, width = build_backbone(recipe.backbone.name)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowssl_core.encoder import embed
+from lowssl_core.embedding import embed
 from lowssl_core.images import Pixels
 from lowssl_core.loader import load_images
 from lowssl_core.preprocess import Preprocess

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         action="append",
-        help="a folder or zip of images, tar shards, cifar10 or photos; ::SPLIT chooses a part; may be given repeatedly",
+        help="a folder or zip of images, tar shards, cifar10 or photos; ::SPLIT chooses a part; may be repeated",
     )
     parser.add_argument(
         "--eval-data", help="images held out, for the quality measured along the way (default: some of --data)"

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lowssl_core.encoder import Encoder, input_batches
+from lowssl_core.embedding import input_batches
+from lowssl_core.encoder import Encoder
 from lowssl_core.images import BadImage
 from lowssl_core.sources import Source
 from lowssl_core.sources.memory import read_pixels
