@@ -1,5 +1,6 @@
 """Optimizers of the recipes (LARS, AdamW, SGD), their parameter groups and their per-step schedules."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -134,11 +135,15 @@ class OptimConfig:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        for field in ("base_lr", "final_lr", "warmup_start_lr", "weight_decay"):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"optim.{field} is {getattr(self, field)}; it is a number from 0")
+        amounts = ("base_lr", "final_lr", "warmup_start_lr", "weight_decay")
+        optional = ("warmup_epochs", "warmup_steps", "final_weight_decay")
+        for field in (*amounts, *(name for name in optional if getattr(self, name) is not None)):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field} is {getattr(self, field)}; it is a number from 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}; it is a number from 0 to below 1")
         if self.warmup_epochs is not None and self.warmup_steps is not None:
-            raise ValueError("optim.warmup_epochs and optim.warmup_steps are both given; give one of them")
+            raise ValueError("warmup_epochs and warmup_steps are both given; give one of them")
 
     def build(self, module: nn.Module) -> Optimizer:
         """The optimizer over the module's trainable parameters, in the groups of `parameter_groups`."""

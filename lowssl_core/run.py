@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,7 +246,10 @@ class Run:
     def _stop_on_numbers(self) -> int:
         bad = next((report for report in self._pending if not report.loss.isfinite()), self._pending[-1])
         if self._journal:
-            row = _row(bad) | {"step": bad.progress.step, "images": bad.progress.step * self.recipe.data.batch_size}
+            numbers = _row(bad) | {"images": bad.progress.step * self.recipe.data.batch_size}
+            # JSON has no NaN.
+            row = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+            row["step"] = bad.progress.step
             path = self.options.out / "nonfinite.json"
             write_atomically(path, lambda file: file.write(json.dumps(row, indent=2).encode()))
             kept = f"the checkpoint before it is kept: {self._checkpoint_path}"

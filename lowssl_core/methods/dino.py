@@ -17,7 +17,7 @@ from lowssl_core.distributed import mean_over_ranks
 from lowssl_core.ema import update_ema
 from lowssl_core.losses import PairLosses, collect_pairs, pair_cross_entropies
 from lowssl_core.methods.heads import Network, Normalize, WeightNormLinear, mlp
-from lowssl_core.methods.method import Method, feature_signals, target_signals, teacher_of
+from lowssl_core.methods.method import Method, check_ranges, feature_signals, target_signals, teacher_of
 from lowssl_core.schedules import Progress, cosine, epoch_ramp
 from lowssl_core.views import Views
 
@@ -54,6 +54,14 @@ class DINOConfig:
     center_momentum: float = 0.9
     momentum: float = 0.996
     freeze_last_layer_epochs: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            counts=("hidden", "bottleneck", "outputs"),
+            positives=("student_temperature", "teacher_temperature", "teacher_temperature_start"),
+            shares=("center_momentum", "momentum"),
+        )
 
     def build(self, backbone: BackboneConfig, batch_size: int) -> "DINO":
         """DINO with fresh weights; `batch_size` (global) plays no part in it."""

@@ -1,6 +1,7 @@
 """What a method is: views in, pair losses out, two hooks, and a state of which some parts stay private."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -49,6 +50,25 @@ class Method(nn.Module, ABC):
     def federated_state(self) -> dict[str, Tensor]:
         """The state that devices share: all of it but what is private."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith(self.private)}
+
+
+def check_ranges(
+    config: object, *, counts: Sequence[str] = (), positives: Sequence[str] = (), shares: Sequence[str] = ()
+) -> None:
+    """Refuse a method's values that cannot be: `counts` are from 1, `positives` above 0, `shares` from 0 to 1.
+
+    Raises:
+        ValueError: the first field out of its range.
+    """
+    for name in counts:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it is a whole number from 1")
+    for name in positives:
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(f"{name} is {getattr(config, name)}; it is a number above 0")
+    for name in shares:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it is a number from 0 to 1")
 
 
 def teacher_of(online: Network, backbone: BackboneConfig, head: nn.Module) -> Network:

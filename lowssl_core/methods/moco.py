@@ -17,7 +17,7 @@ from lowssl_core.distributed import gather_rows
 from lowssl_core.ema import update_ema
 from lowssl_core.losses import PairLosses, collect_pairs
 from lowssl_core.methods.heads import Network, Normalize, mlp
-from lowssl_core.methods.method import Method, feature_signals, teacher_of
+from lowssl_core.methods.method import Method, check_ranges, feature_signals, teacher_of
 from lowssl_core.schedules import Progress
 from lowssl_core.views import Views
 
@@ -43,6 +43,14 @@ class MoCoConfig:
     temperature: float = 0.2
     momentum: float = 0.999
     key_groups: int = 4
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            counts=("hidden", "outputs", "queue_length", "key_groups"),
+            positives=("temperature",),
+            shares=("momentum",),
+        )
 
     def build(self, backbone: BackboneConfig, batch_size: int) -> "MoCo":
         """MoCo with fresh weights, for a global batch of `batch_size`.

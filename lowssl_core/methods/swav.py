@@ -16,7 +16,7 @@ from lowssl_core.backbones import BackboneConfig, build_backbone
 from lowssl_core.distributed import gather_rows, rank, world_size
 from lowssl_core.losses import PairLosses, collect_pairs, pair_cross_entropies
 from lowssl_core.methods.heads import Network, Normalize, mlp
-from lowssl_core.methods.method import Method, feature_signals, target_signals
+from lowssl_core.methods.method import Method, check_ranges, feature_signals, target_signals
 from lowssl_core.schedules import Progress
 from lowssl_core.views import Views
 
@@ -48,6 +48,15 @@ class SwAVConfig:
     queue_length: int = 3840
     queue_start_epoch: int = 15
     freeze_prototypes_epochs: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            counts=("hidden", "outputs", "prototypes", "iterations"),
+            positives=("temperature", "epsilon"),
+        )
+        if self.queue_length < 0:
+            raise ValueError(f"queue_length is {self.queue_length}; it is a number of embeddings, 0 for none")
 
     def build(self, backbone: BackboneConfig, batch_size: int) -> "SwAV":
         """SwAV with fresh weights, its queue a multiple of the global batch of `batch_size`."""
