@@ -18,8 +18,8 @@ from lowssl_core.backbones import backbone_grid
 from lowssl_core.checkpoint import Checkpoint, load_checkpoint, restore, save_checkpoint, take_checkpoint
 from lowssl_core.collapse import find_collapse
 from lowssl_core.compute import prepare
-from lowssl_core.distributed import Ranks, any_rank, barrier, mean_over_ranks
-from lowssl_core.encoder import EncoderInfo, save_encoder
+from lowssl_core.distributed import Ranks, any_rank, barrier
+from lowssl_core.encoder import load_encoder, save_encoder
 from lowssl_core.errors import UserError
 from lowssl_core.files import write_atomically
 from lowssl_core.interruption import Interruption
@@ -30,7 +30,8 @@ from lowssl_core.preprocess import Preprocess
 from lowssl_core.recipe import Recipe
 from lowssl_core.schedules import Progress
 from lowssl_core.sources import Source, open_source, open_sources
-from lowssl_core.train import Report, train
+from lowssl_core.stretch import Stretch, numbers_of
+from lowssl_core.train import train
 from lowssl_core.views import Measurement, measure
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -132,7 +133,7 @@ class Run:
         if checkpoint:
             self._restore(checkpoint)
         self._journal: Journal | None = None
-        self._pending: list[Report] = []
+        self._stretch = Stretch()
         self._symptoms: dict[str, int] = {}
         self._known_bad = 0
 
@@ -167,7 +168,7 @@ class Run:
             for report in reports:
                 self.progress = report.progress
                 self._seconds += report.seconds
-                self._pending.append(report)
+                self._stretch.add(report)
                 if self._is_time_to_look():
                     status = self._look(interruption)
                     if status is not None:
@@ -225,7 +226,7 @@ class Run:
         stops = any_rank(bool(interruption.signal_name))
         if any_rank(not self._is_finite(with_weights=stops or self._epoch_ends())):
             return self._stop_on_numbers()
-        if len(self._pending) >= monitor.log_every_steps or self._epoch_ends():
+        if len(self._stretch) >= monitor.log_every_steps or self._epoch_ends():
             self._log()
         if stops or progress.is_done or (self._epoch_ends() and progress.epoch % monitor.checkpoint_every_epochs == 0):
             self._save()
@@ -238,15 +239,17 @@ class Run:
 
     def _is_finite(self, with_weights: bool) -> bool:
         """Whether the losses since the last look are numbers, and the weights too where they may be saved."""
-        values = [report.loss for report in self._pending]
-        if with_weights:
-            values += torch._foreach_norm([p.detach() for p in self.method.parameters()])
-        return bool(torch.stack(values).isfinite().all())
+        if not self._stretch.is_finite():
+            return False
+        if not with_weights:
+            return True
+        norms = torch._foreach_norm([p.detach() for p in self.method.parameters()])
+        return bool(torch.stack(norms).isfinite().all())
 
     def _stop_on_numbers(self) -> int:
-        bad = next((report for report in self._pending if not report.loss.isfinite()), self._pending[-1])
+        bad = self._stretch.first_bad()
         if self._journal:
-            numbers = _row(bad) | {"images": bad.progress.step * self.recipe.data.batch_size}
+            numbers = numbers_of(bad) | {"images": bad.progress.step * self.recipe.data.batch_size}
             # JSON has no NaN.
             row = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
             row["step"] = bad.progress.step
@@ -264,22 +267,11 @@ class Run:
         return 1
 
     def _log(self) -> None:
-        stretch, self._pending = self._pending, []
-        rows = [_row(report) for report in stretch]
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        values = mean_over_ranks(torch.tensor(list(means.values()), dtype=torch.float64, device=self.options.device))
-        means = dict(zip(means, values.tolist(), strict=True))
+        row = self._stretch.take(self.recipe.data.batch_size)
         if not self._journal:
             return
-        seconds = sum(report.seconds for report in stretch) / len(stretch)
-        row = self._position() | {
-            **means,
-            "images_per_second": self.recipe.data.batch_size / seconds,
-            "seconds_per_step": seconds,
-            "waiting": sum(report.waited for report in stretch) / (seconds * len(stretch)),
-        }
-        self._journal.step(self.progress, row)
-        self._name_collapse(self._journal, means)
+        self._journal.step(self.progress, self._position() | row)
+        self._name_collapse(self._journal, row)
         if len(self.loader.set_aside) > self._known_bad:
             self._known_bad = len(self.loader.set_aside)
             self._journal.write("set_aside", {"step": self.progress.step, "images": self.loader.set_aside})
@@ -342,20 +334,8 @@ class Run:
     def _finish(self) -> int:
         if self._journal:
             path = self.options.out / ENCODER
-            backbone = self.method.online.backbone
-            info = EncoderInfo(
-                name=self.options.out.name,
-                backbone=self.recipe.backbone.name,
-                width=self.method.online.width,
-                size=self._preprocess.size,
-                resize=self._preprocess.resize,
-                method=self.recipe.method.name,
-                recipe_hash=self.recipe.hash(),
-                branch="student",
-                images_seen=self.progress.step * self.recipe.data.batch_size,
-                data=self._data["description"],
-            )
-            save_encoder(path, backbone, info)
+            encoder = load_encoder(self._checkpoint_path)
+            save_encoder(path, encoder.backbone, encoder.info)
             self._journal.write("end", self._position())
             self._journal.say(f"done: {path} (encoder), {self._checkpoint_path} (whole run)")
         return 0
@@ -377,18 +357,6 @@ def measure_views(recipe: Recipe, source: Source, backbone: nn.Module) -> Measur
         if size % grid:
             raise UserError(f"views.{name} is {size}; {recipe.backbone.name} takes multiples of {grid}")
     return measurement
-
-
-def _row(report: Report) -> dict[str, float]:
-    """A report's numbers, read from the device."""
-    return {
-        "loss": float(report.loss),
-        "global_loss": float(report.global_loss),
-        "local_loss": float(report.local_loss),
-        "learning_rate": report.learning_rate,
-        "weight_decay": report.weight_decay,
-        **{name: float(value) for name, value in report.signals.items()},
-    }
 
 
 def _views_mode(asked: ViewsMode, checkpoint: Checkpoint | None) -> ViewsMode:
