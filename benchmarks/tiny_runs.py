@@ -29,11 +29,25 @@ class Case:
 
 
 SEED = 0
+SMALL_MOBILENET = "backbone.name=mobilenetv2_035"
 CLOTHING, CIFAR = ("epochs=55",), ("epochs=4", "monitor.quality_every_epochs=1", "monitor.checkpoint_every_epochs=1")
 CASES = (
     *(Case(f"{m}-clothing", f"tiny-{m}-matched", "clothing", CLOTHING) for m in ("moco", "dino", "swav")),
     *(Case(f"{m}-cifar", f"tiny-{m}-matched", "cifar", CIFAR) for m in ("moco", "dino", "swav")),
-    Case("dino-clothing-mbv2", "tiny-dino-matched", "clothing", ("epochs=25", "backbone.name=mobilenetv2_035")),
+    Case("dino-clothing-mbv2", "tiny-dino-matched", "clothing", ("epochs=25", SMALL_MOBILENET)),
+    Case(
+        "moco-clothing-mbv2",
+        "tiny-moco-matched",
+        "clothing",
+        # At 32 px the last maps of a MobileNetV2 are single pixels.
+        (
+            "epochs=14",
+            SMALL_MOBILENET,
+            "views.global_size=64",
+            "data.shrink_to=80",
+            "monitor.quality_every_epochs=2",
+        ),
+    ),
 )
 
 
