@@ -6,6 +6,7 @@ from decimal import Decimal, localcontext
 import numpy as np
 import pytest
 import torch
+
 from lowssl_core.methods.swav import sinkhorn
 
 SHAPES = {"as many samples as prototypes": (6, 6), "more prototypes": (5, 17), "more samples": (19, 4)}
