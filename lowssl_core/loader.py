@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import cv2
@@ -92,12 +93,17 @@ class Loader:
         self._stream = Stream(seed)
         self._rank, self._world_size, self._workers = rank, world_size, workers
         self._device = torch.device(device)
-        self._device_views = DeviceViews(views, local_size, self._device)
+        self._views, self._local_size = views, local_size
         max_bad = int(config.max_bad_fraction * self._num_images)
         self._batches = {
             made_on: assemble_on(made_on, source, self._stream, views, local_size, max_bad) for made_on in _MODES
         }
         self.mode: Literal["cpu", "device"] = self._choose_mode() if mode == "auto" else mode
+
+    @cached_property
+    def _device_views(self) -> DeviceViews:
+        """Made when first asked for: its matrices are of no use where the workers make the views."""
+        return DeviceViews(self._views, self._local_size, self._device)
 
     def batches(self, start_step: int = 0) -> Iterator[Views]:
         """Yield this rank's batches from `start_step` on, counted over all epochs; raises UserError as above.

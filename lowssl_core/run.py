@@ -98,10 +98,7 @@ class Run:
         source = open_sources(options.data)
         queries = open_source(options.eval_data) if options.eval_data else None
         torch.manual_seed(recipe.seed)
-        try:
-            method = recipe.method.build(recipe.backbone, recipe.data.batch_size)
-        except ValueError as error:
-            raise UserError(f"recipe: {error}") from None
+        method = recipe.method.build(recipe.backbone, recipe.data.batch_size)
         self.method = prepare(method, options.device, recipe.compute)
         self.optimizer = recipe.optim.build(self.method)
         torch.manual_seed(recipe.seed * 1_000_003 + ranks.rank)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lowssl_core.backbones import BackboneConfig, build_backbone
 from lowssl_core.distributed import gather_rows
 from lowssl_core.ema import update_ema
+from lowssl_core.errors import UserError
 from lowssl_core.losses import PairLosses, collect_pairs
 from lowssl_core.methods.heads import Network, Normalize, mlp
 from lowssl_core.methods.method import Method, check_ranges, feature_signals, teacher_of
@@ -56,10 +57,12 @@ class MoCoConfig:
         """MoCo with fresh weights, for a global batch of `batch_size`.
 
         Raises:
-            ValueError: the queue is shorter than a batch.
+            UserError: the queue is shorter than a batch.
         """
         if self.queue_length < batch_size:
-            raise ValueError(f"method.queue_length is {self.queue_length}; it is at least the batch, {batch_size}")
+            raise UserError(
+                f"recipe: method.queue_length is {self.queue_length}; it is at least the batch, {batch_size}"
+            )
         return MoCo(self, backbone)
 
 
