@@ -14,11 +14,13 @@ from lowssl_core.backbones import build_backbone
 from lowssl_core.encoder import Encoder, load_encoder, save_encoder
 from lowssl_core.images import Pixels
 from lowssl_core.journal import read_metrics
+from lowssl_core.neighbors import knn_accuracy
 from lowssl_core.pretrain import main as pretrain
-from lowssl_core.quality import knn_accuracy, rankme, raw_pixels, retrieval_copies, retrieval_recall
+from lowssl_core.quality import raw_pixels, retrieval_copies, retrieval_recall
 from lowssl_core.recipe import load_recipe
 from lowssl_core.sources import Source, open_source
 from lowssl_core.sources.memory import load_images
+from lowssl_core.spectra import rankme
 
 RECIPE = "default-encoder"
 DATA = "clothing160 (train split, 3,068 photographs, CC0-1.0) and photos (1,877 train tiles of ten free photographs)"
@@ -68,7 +70,7 @@ def judge(
     images, labels, _ = load_images(queries, shrink_to=shrink_to)
     found = features(images)
     return {
-        "retrieval": retrieval_recall(found, features(retrieval_copies(images, seed=0))),
+        "retrieval": retrieval_recall(found, features(list(retrieval_copies(images, seed=0)))),
         "knn": knn_accuracy(features(known), torch.tensor(known_labels), found, torch.tensor(labels)),
         "rankme": rankme(found),
     }

@@ -15,6 +15,7 @@ from lowssl_core.sources import Image, Source
 from lowssl_core.views import CpuViews, ImageBatch, ViewParameters, ViewsConfig, pack_images, read_for_views
 
 Part = TypeVar("Part")
+Batch = TypeVar("Batch")
 
 
 class PixelBatch(NamedTuple):
@@ -24,17 +25,19 @@ class PixelBatch(NamedTuple):
     locals: Tensor
 
 
-class Assembled(NamedTuple):
+class Assembled(NamedTuple, Generic[Batch]):
     """A batch as it leaves a worker, and the names and reasons of the bad images met on the way.
 
-    No batch comes after too many bad images: the loader then stops the run.
+    `indices` tells which images the batch holds: those of the draw, but where one took a bad image's place. No batch
+    comes after too many bad images: the loader then stops the run.
     """
 
-    batch: PixelBatch | ImageBatch | None
+    batch: Batch | None
     set_aside: dict[str, str]
+    indices: list[int]
 
 
-class Batches(Dataset[Assembled], Generic[Part]):
+class Batches(Dataset[Assembled[Batch]], Generic[Part, Batch]):
     """Batches by draw: `make` turns an image and its random numbers into a part, `pack` a batch's parts into one.
 
     An image's random numbers are a function of (epoch, index). A bad image's place is taken by the next usable one in
@@ -48,7 +51,7 @@ class Batches(Dataset[Assembled], Generic[Part]):
         *,
         max_bad: int,
         make: Callable[[Image, np.random.Generator], Part],
-        pack: Callable[[list[Part]], PixelBatch | ImageBatch],
+        pack: Callable[[list[Part]], Batch],
     ) -> None:
         self._source = source
         self._stream = stream
@@ -56,20 +59,22 @@ class Batches(Dataset[Assembled], Generic[Part]):
         self._make = make
         self._pack = pack
 
-    def __getitem__(self, draw: Draw) -> Assembled:
+    def __getitem__(self, draw: Draw) -> Assembled[Batch]:
         parts: list[Part] = []
+        indices: list[int] = []
         set_aside: dict[str, str] = {}
         for index in draw.indices.tolist():
             for candidate in self._candidates(draw.epoch, index):
                 try:
                     image = self._source.read(candidate)
                     parts.append(self._make(image, self._stream(Stream.VIEWS, draw.epoch, index)))
+                    indices.append(candidate)
                     break
                 except BadImage as error:
                     set_aside[self._source.name(candidate)] = error.reason
                 if len(set_aside) > self._max_bad:
-                    return Assembled(None, set_aside)
-        return Assembled(self._pack(parts), set_aside)
+                    return Assembled(None, set_aside, [])
+        return Assembled(self._pack(parts), set_aside, indices)
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         yield index
@@ -78,7 +83,7 @@ class Batches(Dataset[Assembled], Generic[Part]):
 
 def assemble_on(
     mode: Literal["cpu", "device"], source: Source, stream: Stream, views: ViewsConfig, local_size: int, max_bad: int
-) -> Batches[Any]:
+) -> Batches[Any, PixelBatch | ImageBatch]:
     """Return the batches of a source: of finished views (cpu), or of images with their views drawn (device)."""
     if mode == "cpu":
         return Batches(source, stream, max_bad=max_bad, make=CpuViews(views, local_size), pack=_stack)

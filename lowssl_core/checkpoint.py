@@ -16,7 +16,7 @@ from lowssl_core.errors import UserError
 from lowssl_core.methods.method import Method
 from lowssl_core.recipe import Recipe, differences, recipe_from_dict
 from lowssl_core.schedules import Progress
-from lowssl_core.tensor_file import read_tensors, write_tensors
+from lowssl_core.tensor_file import read_format, read_tensors, write_tensors
 
 FORMAT = "lowssl-checkpoint-1"
 
@@ -47,9 +47,7 @@ def take_checkpoint(
     """The run's state; every rank must call this together, for the generators' states are gathered."""
     device = next(method.parameters()).device
     tensors = {f"method.{name}": value for name, value in method.state_dict().items()}
-    for name, parameter in _named_parameters(optimizer):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = value
+    tensors |= optimizer_tensors(optimizer)
     tensors["rng.cpu"] = gather_rows(torch.get_rng_state().unsqueeze(0).to(device))
     if device.type == "cuda":
         tensors["rng.cuda"] = gather_rows(torch.cuda.get_rng_state(device).unsqueeze(0).to(device))
@@ -64,7 +62,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "run": checkpoint.facts,
     }
     # The file's own hash is of the tensors; a wrong step or seed would spoil a run as well.
-    write_tensors(path, checkpoint.tensors, format=FORMAT, facts=facts | {"hash": _hash(facts)})
+    write_tensors(path, checkpoint.tensors, format=FORMAT, facts=facts | {"hash": facts_hash(facts)})
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint, by its metadata; nothing else of it is checked."""
+    return read_format(path) == FORMAT
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -77,7 +80,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if file.format != FORMAT:
         raise UserError(f"{path} is no checkpoint of lowssl-pretrain: its format is {file.format!r}, not {FORMAT!r}")
     facts = {name: value for name, value in file.facts.items() if name != "hash"}
-    if _hash(facts) != file.facts.get("hash"):
+    if facts_hash(facts) != file.facts.get("hash"):
         raise UserError(f"{path} is damaged: its recipe or progress do not match the hash written with them")
     return Checkpoint(
         recipe=recipe_from_dict(facts["recipe"]),
@@ -96,17 +99,31 @@ def restore(checkpoint: Checkpoint, method: Method, optimizer: Optimizer, *, rec
     if changed := differences(checkpoint.recipe, recipe):
         raise UserError(f"the checkpoint was made with another recipe (there, here): {'; '.join(changed)}")
     tensors = checkpoint.tensors
-    method.load_state_dict(_below(tensors, "method."))
-    for name, parameter in _named_parameters(optimizer):
-        # A copy into the parameter's own memory format: sums in another order would end the run's exactness.
-        for key, value in _below(tensors, f"optimizer.{name}.").items():
-            like = parameter if value.shape == parameter.shape else value
-            optimizer.state[parameter][key] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+    method.load_state_dict(tensors_below(tensors, "method."))
+    restore_optimizer(optimizer, tensors)
     if len(tensors["rng.cpu"]) == world_size():
         # Copies: a generator reads its state from where a tensor's memory begins, not from where its row does.
         torch.set_rng_state(tensors["rng.cpu"][rank()].clone())
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"][rank()].clone())
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as "optimizer.PARAMETER.KEY", for groups with their parameters' `names`."""
+    return {
+        f"optimizer.{name}.{key}": value
+        for name, parameter in _named_parameters(optimizer)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put what `optimizer_tensors` gave into a freshly built optimizer; other tensors may stand beside it."""
+    for name, parameter in _named_parameters(optimizer):
+        # A copy into the parameter's own memory format: sums in another order would end the run's exactness.
+        for key, value in tensors_below(tensors, f"optimizer.{name}.").items():
+            like = parameter if value.shape == parameter.shape else value
+            optimizer.state[parameter][key] = torch.empty_like(like, dtype=value.dtype).copy_(value)
 
 
 def backbone_state(checkpoint: Checkpoint, branch: Branch) -> dict[str, Tensor]:
@@ -115,13 +132,24 @@ def backbone_state(checkpoint: Checkpoint, branch: Branch) -> dict[str, Tensor]:
     Raises:
         UserError: the method has no such branch.
     """
-    state = _below(checkpoint.tensors, f"method.{'online' if branch == 'student' else 'teacher'}.backbone.")
+    state = tensors_below(checkpoint.tensors, f"method.{'online' if branch == 'student' else 'teacher'}.backbone.")
     if not state:
         raise UserError(f"a {checkpoint.recipe.method.name} checkpoint has no {branch}; take the student")
     return state
 
 
-def _hash(facts: Mapping[str, Any]) -> str:
+def has_teacher(checkpoint: Checkpoint) -> bool:
+    """Whether the run's method keeps a moving average of the trained network."""
+    return any(name.startswith("method.teacher.backbone.") for name in checkpoint.tensors)
+
+
+def tensors_below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def facts_hash(facts: Mapping[str, Any]) -> str:
+    """sha256 of facts that JSON can hold."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -131,7 +159,3 @@ def _named_parameters(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
         for group in optimizer.param_groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
     ]
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from lowssl_core import __version__
 from lowssl_core.errors import UserError
+from lowssl_core.interruption import StoppedError
 
 GROUP = "lowssl.commands"
 
@@ -33,7 +34,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns its exit status: 0, 2 for what the user can mend, 130 when interrupted."""
+    """Run a subcommand; returns its exit status: 0, 2 for what the user can mend, 130 or 143 when told to stop."""
     commands = find_commands()
     parser = argparse.ArgumentParser(
         prog="lowssl",
@@ -55,6 +56,9 @@ def run_for_user(program: str, run: Callable[[], int]) -> int:
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
+    except StoppedError as stop:
+        print(f"{program}: {stop}", file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -92,4 +96,7 @@ def _unavailable(name: str, reason: str) -> Command:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Run by -m, this module exists a second time under its own name, and commands are made of that one.
+    from lowssl_core.command_line import main as imported_main
+
+    sys.exit(imported_main())

@@ -22,10 +22,11 @@ from lowssl_core.errors import UserError
 from lowssl_core.figures import curves_figure
 from lowssl_core.files import write_atomically
 from lowssl_core.journal import read_metrics
+from lowssl_core.neighbors import knn_accuracy
 from lowssl_core.preprocess import Preprocess
 from lowssl_core.pretrain import main as pretrain
 from lowssl_core.preview import preview, views_table
-from lowssl_core.quality import knn_accuracy, raw_pixels, retrieval_copies, retrieval_recall
+from lowssl_core.quality import raw_pixels, retrieval_copies, retrieval_recall
 from lowssl_core.recipe import Recipe, load_recipe
 from lowssl_core.run import CHECKPOINT, ENCODER
 from lowssl_core.sources import Source, open_source
@@ -97,7 +98,7 @@ def judge(
     """
     bank, bank_labels, _ = load_images(train, shrink_to=shrink_to)
     queries, query_labels, _ = load_images(test, shrink_to=shrink_to)
-    copies = retrieval_copies(queries, seed=SEED_OF_COPIES)
+    copies = list(retrieval_copies(queries, seed=SEED_OF_COPIES))
     qualities = {}
     for name, embed in embeddings.items():
         features = embed(queries)

@@ -25,6 +25,14 @@ def embed(
     return torch.cat(features).clone()  # a plain tensor: one of inference mode cannot be trained on
 
 
+def embed_inputs(backbone: nn.Module, inputs: NDArray[np.uint8]) -> Tensor:
+    """Features (B, D), float32, on the CPU, of evaluation-style input (B, size, size, 3); as `embed` otherwise."""
+    device = next(backbone.parameters()).device
+    with torch.inference_mode():
+        features: Tensor = backbone(normalize(torch.from_numpy(inputs).to(device))).float().cpu()
+    return features.clone()
+
+
 def input_batches(
     images: Iterable[NDArray[np.uint8]], preprocess: Preprocess, batch_size: int, backbone: nn.Module
 ) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowssl_core.backbones import build_backbone
 from lowssl_core.checkpoint import backbone_state, load_checkpoint
-from lowssl_core.embedding import embed
+from lowssl_core.embedding import embed, embed_inputs
 from lowssl_core.errors import UserError
 from lowssl_core.preprocess import Preprocess
 from lowssl_core.tensor_file import TensorFile, read_tensors, write_tensors
@@ -85,6 +85,10 @@ class Encoder:
     def embed(self, images: Iterable[NDArray[np.uint8]], batch_size: int = 64) -> Tensor:
         """Features (N, width) of (H, W, 3) uint8 images of any sizes: float32, on the CPU, not L2-normalised."""
         return embed(self.backbone, images, self.preprocess, batch_size)
+
+    def embed_inputs(self, inputs: NDArray[np.uint8]) -> Tensor:
+        """Features (B, width) of evaluation-style input (B, size, size, 3) uint8, as `preprocess` makes it."""
+        return embed_inputs(self.backbone, inputs)
 
     def to(self, device: torch.device | str) -> "Encoder":
         """The same encoder, moved to `device`."""

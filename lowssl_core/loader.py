@@ -2,24 +2,25 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import cv2
 import torch
 from torch.utils.data import DataLoader
 
-from lowssl_core.assembly import Batches, PixelBatch, assemble_on
+from lowssl_core.assembly import Assembled, Batches, PixelBatch, assemble_on
 from lowssl_core.errors import UserError
 from lowssl_core.order import Draw, Order, Stream
 from lowssl_core.sources import Source
 from lowssl_core.sources.memory import load_images, shrink_source
 from lowssl_core.views import DeviceViews, ImageBatch, Views, ViewsConfig, normalize
 
-__all__ = ["DataConfig", "Loader", "ViewsMode", "load_images"]
+__all__ = ["DataConfig", "Loader", "ViewsMode", "check_set_aside", "load_batches", "load_images"]
 
+Batch = TypeVar("Batch")
 ViewsMode = Literal["auto", "cpu", "device"]
 
 _MODES: tuple[Literal["cpu"], Literal["device"]] = ("cpu", "device")
@@ -110,18 +111,10 @@ class Loader:
 
         Each call starts its own workers, which end when the iterator is closed or dropped.
         """
-        loader = DataLoader(
-            self._batches[self.mode],
-            batch_size=None,
-            sampler=self._order(start_step),
-            num_workers=self._workers,
-            worker_init_fn=_start_worker,
-            pin_memory=self._device.type == "cuda",
-            # The loader draws its workers' seeds; from the global generator that would change what training draws.
-            generator=torch.Generator(),
-        )
-        for assembled in loader:
+        batches = self._batches[self.mode]
+        for assembled in load_batches(batches, self._order(start_step), workers=self._workers, device=self._device):
             self._put_aside(assembled.set_aside)
+            assert assembled.batch is not None, "none comes where too many images are bad, and that was refused above"
             yield self._finish(assembled.batch)
 
     def _order(self, start_step: int) -> Order:
@@ -147,14 +140,14 @@ class Loader:
             return "cpu"
         return min(_MODES, key=lambda made_on: self._seconds(self._batches[made_on]))
 
-    def _seconds(self, batches: Batches[Any]) -> float:
+    def _seconds(self, batches: Batches[Any, PixelBatch | ImageBatch]) -> float:
         """Seconds for a batch: its share of the time of workers, who work side by side, and the time of the device."""
         epoch, indices = next(iter(self._order(0)))
         draw = Draw(epoch, indices[:_MEASURED_IMAGES])
         seconds = 0.0
         for _ in range(2):  # the first time starts libraries and kernels
             began = time.perf_counter()
-            batch, set_aside = batches[draw]
+            batch, set_aside, _ = batches[draw]
             assembled = time.perf_counter()
             self._put_aside(set_aside)
             assert batch is not None
@@ -170,16 +163,45 @@ class Loader:
                 " more images"
             )
 
-    def _put_aside(self, found: dict[str, str]) -> None:
+    def _put_aside(self, found: Mapping[str, str]) -> None:
         self.set_aside.update(found)
-        bad, accepted = len(self.set_aside), self._config.max_bad_fraction
-        if bad > accepted * self._num_images:
-            shown = [f"{name} ({reason})" for name, reason in list(self.set_aside.items())[:10]]
-            more = f" and {bad - len(shown)} more" if bad > len(shown) else ""
-            raise UserError(
-                f"{bad} of {self._num_images} images cannot be used, more than max_bad_fraction = {accepted:g} of them:"
-                f" {', '.join(shown)}{more}"
-            )
+        check_set_aside(self.set_aside, self._num_images, self._config.max_bad_fraction)
+
+
+def load_batches(
+    batches: Batches[Any, Batch], draws: Iterable[Draw], *, workers: int, device: torch.device
+) -> Iterator[Assembled[Batch]]:
+    """The batches of `draws`, in their order, in memory from where they go to `device` fast.
+
+    They are assembled by `workers` processes, or by this one for 0. The workers end when the iterator is closed or
+    dropped.
+    """
+    yield from DataLoader(
+        batches,
+        batch_size=None,
+        sampler=draws,
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        pin_memory=device.type == "cuda",
+        # The loader draws its workers' seeds; from the global generator that would change what training draws.
+        generator=torch.Generator(),
+    )
+
+
+def check_set_aside(set_aside: Mapping[str, str], num_images: int, accepted: float) -> None:
+    """Refuse data of which more than the `accepted` share had to be set aside, by name and reason.
+
+    Raises:
+        UserError: too many of `num_images` are bad.
+    """
+    bad = len(set_aside)
+    if bad > accepted * num_images:
+        shown = [f"{name} ({reason})" for name, reason in list(set_aside.items())[:10]]
+        more = f" and {bad - len(shown)} more" if bad > len(shown) else ""
+        raise UserError(
+            f"{bad} of {num_images} images cannot be used, more than max_bad_fraction = {accepted:g} of them:"
+            f" {', '.join(shown)}{more}"
+        )
 
 
 def _start_worker(worker: int) -> None:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from lowssl_core.embedding import embed
 from lowssl_core.images import Pixels
 from lowssl_core.loader import load_images
+from lowssl_core.neighbors import knn_accuracy
 from lowssl_core.preprocess import Preprocess
-from lowssl_core.quality import knn_accuracy, rankme, raw_pixels, retrieval_copies, retrieval_recall
+from lowssl_core.quality import raw_pixels, retrieval_copies, retrieval_recall
 from lowssl_core.sources import Source
+from lowssl_core.spectra import rankme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class QualityProbe:
             self.images, self._labels, _ = load_images(source, chosen.tolist(), shrink_to=shrink_to)
         else:
             self.images, self._labels, _ = load_images(queries, limit=count, shrink_to=shrink_to)
-        self.copies = retrieval_copies(self.images, seed=0)
+        self.copies = list(retrieval_copies(self.images, seed=0))
         self._bank: Sequence[Pixels] = ()
         self._bank_labels: Sequence[int] | None = None
         # Labels of another set of classes would be compared as if they were the same.

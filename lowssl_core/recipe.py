@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from lowssl_core.backbones import BackboneConfig
 from lowssl_core.compute import ComputeConfig
@@ -20,6 +20,8 @@ from lowssl_core.methods import METHODS, MethodConfig
 from lowssl_core.monitor import MonitorConfig
 from lowssl_core.optim import OptimConfig
 from lowssl_core.views import ViewsConfig
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as a tree of plain values, absent ones left out; `recipe_from_dict` reads it back."""
-        tree = typing.cast(dict[str, Any], _plain(self))
+        tree = typing.cast(dict[str, Any], plain(self))
         tree["method"] = {"name": self.method.name, **tree["method"]}
         return tree
 
@@ -69,9 +71,17 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def recipe_names() -> list[str]:
-    """The names of the recipes that come with the package."""
-    folder = resources.files("lowssl_core") / "recipes"
+class Described(Protocol):
+    """A recipe of any kind: a dataclass that can be written as a tree of plain values."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as a tree of plain values, absent ones left out."""
+        ...
+
+
+def recipe_names(package: str = "lowssl_core") -> list[str]:
+    """The names of the recipes that come with a package, the files of its folder `recipes`."""
+    folder = resources.files(package) / "recipes"
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
@@ -85,10 +95,24 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: no such recipe, bad TOML, an unknown key, a wrong type, or a value out of range.
     """
-    tree = _read_toml(name_or_path)
+    return recipe_from_dict(read_tree(name_or_path, overrides))
+
+
+def read_tree(name_or_path: str, overrides: Sequence[str] = (), *, package: str = "lowssl_core") -> dict[str, Any]:
+    """Read a recipe of any kind as the tree that is written there, overrides applied, its keys not yet checked.
+
+    Args:
+        name_or_path: a name of `recipe_names(package)`, or the path of a TOML file.
+        overrides: as in `load_recipe`.
+        package: whose recipes go by name.
+
+    Raises:
+        UserError: no such recipe, bad TOML, or an override that is none.
+    """
+    tree = _read_toml(name_or_path, package)
     for override in overrides:
         _override(tree, override)
-    return recipe_from_dict(tree)
+    return tree
 
 
 def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
@@ -97,12 +121,33 @@ def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
     Raises:
         UserError: an unknown key, a wrong type, or a value out of range; the message has the key's full path.
     """
-    return typing.cast(Recipe, _build(Recipe, tree, ""))
+    return build_dataclass(Recipe, tree)
 
 
-def differences(one: Recipe, other: Recipe) -> list[str]:
+def build_dataclass(kind: type[Kind], tree: Mapping[str, Any]) -> Kind:
+    """Build the dataclass `kind` from a tree of plain values, strictly; UserError as `recipe_from_dict` raises it."""
+    return typing.cast(Kind, _build(kind, tree, ""))
+
+
+def changed(config: Kind, overrides: Sequence[str]) -> Kind:
+    """The dataclass `config` with overrides as in `load_recipe`; UserError as `recipe_from_dict` raises it."""
+    tree = typing.cast(dict[str, Any], plain(config))
+    for override in overrides:
+        _override(tree, override)
+    return build_dataclass(type(config), tree)
+
+
+def plain(value: object) -> object:
+    """A dataclass as a tree of plain values, absent ones left out, tuples as lists; other values as they are."""
+    if dataclasses.is_dataclass(value):
+        items = ((entry.name, getattr(value, entry.name)) for entry in dataclasses.fields(value))
+        return {name: plain(item) for name, item in items if item is not None}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def differences(one: Described, other: Described) -> list[str]:
     """The keys in which two recipes differ, as "key: value here, value there"."""
-    here, there = _flatten(one.as_dict()), _flatten(other.as_dict())
+    here, there = flat_keys(one.as_dict()), flat_keys(other.as_dict())
     return [
         f"{key}: {here.get(key, 'absent')!r}, {there.get(key, 'absent')!r}"
         for key in sorted(here.keys() | there.keys())
@@ -110,12 +155,21 @@ def differences(one: Recipe, other: Recipe) -> list[str]:
     ]
 
 
-def _read_toml(name_or_path: str) -> dict[str, Any]:
-    if name_or_path in recipe_names():
-        return tomllib.loads((resources.files("lowssl_core") / "recipes" / f"{name_or_path}.toml").read_text())
+def flat_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A recipe's tree (`Recipe.as_dict`) on one level: {"optim.base_lr": 0.1, ...}, in the tree's order."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _read_toml(name_or_path: str, package: str) -> dict[str, Any]:
+    names = recipe_names(package)
+    if name_or_path in names:
+        return tomllib.loads((resources.files(package) / "recipes" / f"{name_or_path}.toml").read_text())
     path = Path(name_or_path)
     if not path.is_file():
-        raise UserError(f"recipe {name_or_path!r} is neither a TOML file nor one of {', '.join(recipe_names())}")
+        raise UserError(f"recipe {name_or_path!r} is neither a TOML file nor one of {', '.join(names)}")
     try:
         return tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -213,17 +267,3 @@ def _describe(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return f"a list of {len(typing.get_args(kind))} numbers"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, str(kind))
-
-
-def _plain(value: object) -> object:
-    if dataclasses.is_dataclass(value):
-        items = ((entry.name, getattr(value, entry.name)) for entry in dataclasses.fields(value))
-        return {name: _plain(item) for name, item in items if item is not None}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

@@ -72,6 +72,15 @@ def read_tensors(path: Path) -> TensorFile:
     return TensorFile(format=kind, facts=facts, tensors=tensors, hash=digest)
 
 
+def read_format(path: Path) -> str:
+    """Which kind of file `path` is, from its metadata alone; "" for a file that was not written by LowSSL."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return str(json.loads((file.metadata() or {})[METADATA_KEY])["format"])
+    except (OSError, safetensors.SafetensorError, ValueError, TypeError, KeyError):
+        return ""
+
+
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, types, shapes and bytes, in the order of names; tensors are on the CPU and contiguous."""
     digest = hashlib.sha256()

@@ -6,9 +6,10 @@ import torch
 
 from lowssl_core.backbones import build_backbone
 from lowssl_core.monitor import MonitorConfig, QualityProbe
+from lowssl_core.neighbors import knn_accuracy
 from lowssl_core.photos import open_photos
 from lowssl_core.preprocess import Preprocess
-from lowssl_core.quality import knn_accuracy, raw_pixels, retrieval_copies, retrieval_recall
+from lowssl_core.quality import raw_pixels, retrieval_copies, retrieval_recall
 from lowssl_core.sources import ArraySource
 
 CONFIG = MonitorConfig(quality_images=12)

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lowssl_core.backbones import BackboneConfig, build_backbone
 from lowssl_core.losses import PairLosses
 from lowssl_core.methods.heads import Network
 from lowssl_core.schedules import Progress
+from lowssl_core.spectra import feature_deviation
 from lowssl_core.views import Views
 
 
@@ -84,13 +84,8 @@ def teacher_of(online: Network, backbone: BackboneConfig, head: nn.Module) -> Ne
 
 @torch.no_grad()
 def feature_signals(features: Tensor) -> dict[str, Tensor]:
-    """How much features (V, B, width) of a batch differ: the mean over dimensions of the deviation of unit rows.
-
-    In units of 1 / sqrt(width), the value of directions spread evenly; a network that answers the same for every
-    image is at 0.
-    """
-    rows = F.normalize(features[0].detach(), dim=-1)
-    return {"feature_std": rows.std(dim=0, correction=0).mean() * rows.shape[1] ** 0.5}
+    """How much features (V, B, width) of a batch differ, by its first view (`feature_deviation`)."""
+    return {"feature_std": feature_deviation(features[0].detach())}
 
 
 @torch.no_grad()

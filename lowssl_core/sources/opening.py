@@ -26,6 +26,20 @@ def open_source(path: str, *, split: str | None = None) -> Source:
     return _open_path(path, split)
 
 
+def open_held_out(path: str) -> Source:
+    """Open the images held out in the data at `path`: its test split or, where there is none, its validation split.
+
+    Raises UserError if it has neither.
+    """
+    head, _ = _separate_split(path, None)
+    for split in ("test", "validation"):
+        try:
+            return open_source(head, split=split)
+        except UserError:
+            continue
+    raise UserError(f"{path} has no test or validation split: name the images to score on with --eval-data")
+
+
 def _separate_split(path: str, split: str | None) -> tuple[str, str | None]:
     head, separator, tail = path.rpartition("::")
     if not separator or "/" in tail or tail.endswith((".tar", ".zip")):  # shards may be joined by :: too
