@@ -47,7 +47,7 @@ def views_figure(path: Path, image: Pixels, config: ViewsConfig, measurement: Me
     _draw_boxes(left, image, parameters)
     _draw_views(middle, [*globals_], [*locals_])
     _draw_ratio(right, config, measurement)
-    _save(figure, path)
+    save(figure, path)
 
 
 def curves_figure(
@@ -77,7 +77,7 @@ def curves_figure(
         _draw_quality(axis, [row for row in quality if name in row], name, levels)
         axis.set_title(measures[name], loc="left", fontsize=11, color=INK)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_boxes(axis: Axes, image: Pixels, parameters: Sequence[ViewParameters]) -> None:
@@ -149,7 +149,7 @@ def _draw_ratio(axis: Axes, config: ViewsConfig, measurement: Measurement) -> No
     axis.set_title("pixel scale of locals over globals, mean", loc="left", fontsize=11, color=INK)
     axis.set_xlabel("local size in px")
     axis.set_ylim(bottom=0)
-    _clean(axis)
+    clean(axis)
 
 
 def _draw_loss(axis: Axes, training: Sequence[Mapping[str, float]]) -> None:
@@ -163,10 +163,10 @@ def _draw_loss(axis: Axes, training: Sequence[Mapping[str, float]]) -> None:
         values = [row[name] for row in training]
         axis.plot(images, values, color=color, linewidth=width)
         ends.append((values[-1], label, color))
-    _label_ends(axis, ends)
+    label_ends(axis, ends)
     axis.set_title("training loss", loc="left", fontsize=11, color=INK)
     _count_images(axis)
-    _clean(axis)
+    clean(axis)
 
 
 def _draw_quality(axis: Axes, rows: Sequence[Mapping[str, float]], name: str, levels: Mapping[str, float]) -> None:
@@ -179,11 +179,11 @@ def _draw_quality(axis: Axes, rows: Sequence[Mapping[str, float]], name: str, le
         ends.append((level, f"{baseline} {level:.2f}", color))
     axis.set_ylim(0, min(1.0, 1.15 * max(*values, *levels.values(), 0.05)))
     _count_images(axis)
-    _label_ends(axis, ends)
-    _clean(axis)
+    label_ends(axis, ends)
+    clean(axis)
 
 
-def _label_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+def label_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Write each line's name at its right end, far enough from each other to be read."""
     low, high = axis.get_ylim()
     space = 0.055 * (high - low)
@@ -220,7 +220,8 @@ def _count_images(axis: Axes) -> None:
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def _clean(axis: Axes) -> None:
+def clean(axis: Axes) -> None:
+    """Take away what an axis need not show, and draw the rest in gray."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axis.set_axisbelow(True)
@@ -228,5 +229,6 @@ def _clean(axis: Axes) -> None:
     axis.xaxis.label.set_color(INK)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, atomically."""
     write_atomically(path, partial(figure.savefig, format="png", dpi=130))

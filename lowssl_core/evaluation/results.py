@@ -1,12 +1,15 @@
 """What a judgement comes to: figures for each subject, as a table for people and JSON for programs."""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lowssl_core.files import write_atomically
+
+NOTE_WIDTH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class Results:
         model: what the user named.
         settings: what it takes to repeat it: data, sizes, seeds.
         rows: a row for each subject.
-        notes: lines below the table that say what the columns mean.
+        notes: sentences below the table that say what the columns mean.
     """
 
     task: str
@@ -56,7 +59,8 @@ class Results:
                 for name, width in zip(columns, widths, strict=True)
             )
             lines.append("  ".join([f"{row.subject:<{first}}", *cells]))
-        return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
+        wrapped = [line for note in self.notes for line in textwrap.wrap(note, NOTE_WIDTH)]
+        return "\n".join([*lines, *([""] if wrapped else []), *wrapped])
 
     def write_json(self, path: Path) -> None:
         """Write all of it atomically."""

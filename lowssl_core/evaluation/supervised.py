@@ -246,7 +246,7 @@ class SupervisedRun:
         if self._frozen is None:
             return images
         with torch.inference_mode():  # in parts: a batch of thousands of images would not fit into a GPU
-            features = torch.cat([self._frozen(part).float() for part in images.split(TEST_BATCH)])
+            features = torch.cat([self._frozen(part).float() for part in torch.split(images, TEST_BATCH)])
         return features.clone()  # a plain tensor: one of inference mode cannot be trained on
 
     def _end_epoch(self, rate: float) -> EpochReport:

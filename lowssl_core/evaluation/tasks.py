@@ -137,8 +137,8 @@ def judge_knn(options: EvaluationOptions, ks: Sequence[int] = NEIGHBORS) -> Resu
             rows=rows,
             notes=(
                 f"share of {len(test.values):,} images ({task.test.description}) whose class wins the vote of "
-                f"their k nearest",
-                f"among {len(train.values):,} ({task.train.description}), each weighing exp(cosine / .07)",
+                f"their k nearest among {len(train.values):,} ({task.train.description}), each weighing "
+                "exp(cosine / .07)",
             ),
         )
 
@@ -197,7 +197,7 @@ def judge_quality(options: EvaluationOptions, *, images: int, views: int, seed: 
 
 _QUALITY_NOTES = (
     "retrieval: share of images found first from a cropped, mirrored, recolored copy. More is better.",
-    "rankme, lidar: effective rank of features, and of what tells images apart beyond their views. More is better, at",
+    "rankme, lidar: effective rank of features, and of what tells images apart beyond their views. More is better, at "
     "the same width and number of images; lidar says little with fewer images than features are wide.",
     "alpha_req: decay of the spectrum; near 1 is best, far above 1 few directions carry everything.",
     "alignment: squared distance of two views of one image. Less is better, unless uniformity is near 0.",

@@ -60,9 +60,9 @@ def judge_linear(options: EvaluationOptions) -> Results:
             settings=task.settings(protocol="fast", epochs=EPOCHS, rates=list(RATES), seed=0),
             rows=rows,
             notes=(
-                f"share of {len(task.test):,} images ({task.test.description}) that a linear classifier names right,",
-                f"trained on features of {len(task.train):,} images, without augmentation; its learning rate is chosen",
-                "on a tenth of them",
+                f"share of {len(task.test):,} images ({task.test.description}) that a linear classifier names right, "
+                f"trained on features of {len(task.train):,} images without augmentation, its learning rate chosen on "
+                "a tenth of them",
             ),
         )
 
@@ -106,7 +106,7 @@ def judge_linear_paper(
             settings=task.settings(protocol="paper", overrides=list(overrides)),
             rows=rows,
             notes=(
-                f"share of {len(task.test):,} images ({task.test.description}) that a linear classifier names right,",
+                f"share of {len(task.test):,} images ({task.test.description}) that a linear classifier names right, "
                 f"trained on augmented images ({task.train.description}) by the paper's protocol",
                 *notes,
             ),
@@ -172,7 +172,7 @@ def judge_semi(
             settings=task.settings(percents=list(percents), seed=seed, overrides=list(overrides)),
             rows=rows,
             notes=(
-                f"share of {len(task.test):,} images ({task.test.description}) named right after fine-tuning the whole",
+                f"share of {len(task.test):,} images ({task.test.description}) named right after fine-tuning the whole "
                 f"network on so many of the labels of {task.train.description}",
                 *notes,
             ),
