@@ -63,7 +63,7 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
         program, *arguments = shlex.split(line)
         if program == "make":
             continue  # make test is this; make demo has a test of its command
-        if "lowssl-pretrain" in line or "lowssl_core.pretrain" in line:
+        if "lowssl-pretrain" in line or "lowssl_core.pretrain" in line or "diagnose" in line:
             arguments += SHORTER
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         # Two processes show the same as eight.
