@@ -2,11 +2,20 @@
 
 import pytest
 import torch
+from timm.models._efficientnet_blocks import InvertedResidual
 from torch import nn
 
-from lowssl_core.backbones import build_backbone
+from lowssl_core.backbones import BACKBONES, build_backbone
 
-WIDTHS = {"mobilenetv2": 1280, "resnet18": 512, "resnet34": 512, "vit_tiny": 192}
+# The paper's, and the two of this package.
+WIDTHS = {
+    "mobilenetv2": 1280,
+    "resnet18": 512,
+    "resnet34": 512,
+    "vit_tiny": 192,
+    "resnet_tiny": 256,
+    "mobilenetv2_tiny": 384,
+}
 
 # Of the published architectures, without their classifiers.
 NUM_PARAMETERS = {
@@ -31,8 +40,12 @@ def outputs_of(module, kind):
     return outputs
 
 
+def test_every_backbone_is_held_to_the_contract():
+    assert WIDTHS.keys() == BACKBONES.keys()
+
+
 @pytest.mark.parametrize("name", WIDTHS)
-def test_width_is_the_papers_and_that_of_the_features_at_every_resolution(name):
+def test_width_is_as_documented_and_that_of_the_features_at_every_resolution(name):
     backbone, width = built(name)
     assert width == WIDTHS[name]
     backbone.eval()
@@ -43,7 +56,7 @@ def test_width_is_the_papers_and_that_of_the_features_at_every_resolution(name):
             assert torch.isfinite(features).all()
 
 
-@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("name", NUM_PARAMETERS)
 def test_backbone_has_the_published_number_of_parameters(name):
     backbone, _ = built(name)
     assert sum(parameter.numel() for parameter in backbone.parameters()) == NUM_PARAMETERS[name]
@@ -58,18 +71,43 @@ def test_every_parameter_is_trained(name):
     assert missing == []
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2"])
-def test_convolutional_features_are_averages_over_the_last_map(name):
+@pytest.mark.parametrize(
+    ("name", "stride"), [("resnet18", 32), ("mobilenetv2", 32), ("resnet_tiny", 32), ("mobilenetv2_tiny", 8)]
+)
+def test_convolutional_features_are_averages_over_the_last_map(name, stride):
     backbone, width = built(name)
     backbone.eval()
     maps = outputs_of(backbone, nn.Module)
     with torch.no_grad():
-        features = backbone(torch.randn(2, 3, 96, 64))
+        features = backbone(torch.randn(2, 3, 3 * stride, 2 * stride))
     last_map = [output for output in maps if torch.is_tensor(output) and output.ndim == 4 and output.shape[-1] > 1][-1]
     assert last_map.shape == (2, width, 3, 2)
     expected = sum(last_map[:, :, y, x] for y in range(3) for x in range(2)) / 6
     torch.testing.assert_close(features, expected)
     assert (last_map >= 0).all()  # after the last activation
+
+
+def test_mobilenetv2_tiny_is_of_inverted_residuals():
+    # Sandler et al. 2018, section 3: a 1x1 convolution widens, a depthwise one of 3x3 filters, and a 1x1 narrows
+    # without an activation after it; ReLU6 after the others.
+    backbone, _ = built("mobilenetv2_tiny")
+    blocks = [module for module in backbone.modules() if isinstance(module, InvertedResidual)]
+    assert [(block.conv_pw.in_channels, block.conv_pwl.out_channels) for block in blocks] == [
+        (16, 32),
+        (32, 64),
+        (64, 64),
+    ]
+    for block in blocks:
+        wide = block.conv_pw.out_channels
+        assert block.conv_dw.groups == block.conv_dw.in_channels == block.conv_dw.out_channels == wide
+        assert (block.conv_pw.kernel_size, block.conv_dw.kernel_size, block.conv_pwl.kernel_size) == (
+            (1, 1),
+            (3, 3),
+            (1, 1),
+        )
+        assert isinstance(block.bn3.act, nn.Identity)
+    activations = [module for module in backbone.modules() if isinstance(module, nn.ReLU | nn.ReLU6)]
+    assert {type(activation) for activation in activations} == {nn.ReLU6}
 
 
 def test_vit_tiny_has_twelve_blocks_of_three_heads():
