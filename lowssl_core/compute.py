@@ -1,17 +1,21 @@
 """How a method runs on a device: memory format, precision, compilation, synchronised BatchNorm."""
 
 import ctypes
+import os
 import platform
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import torch
+from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
 from torch import nn
 
 from lowssl_core.distributed import world_size
 from lowssl_core.errors import UserError
 from lowssl_core.methods.heads import Network
 from lowssl_core.methods.method import Method
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # Numbers of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -50,6 +54,30 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def device_of_rank(name: str) -> str:
+    """The name of this process's device: under torchrun "auto" and "cuda" mean the GPU of its own number."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is not None and name in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{local_rank}"
+    return name
+
+
+def default_workers() -> int:
+    """All cores but the one that trains, shared by the processes of this machine; none on one or two cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return share - 1 if share > 2 else 0
+
+
+def synchronise_batchnorm(module: Module) -> Module:
+    """A module whose BatchNorm statistics are those of all ranks' images; on GPUs, under torchrun.
+
+    By timm, which knows its layers that are BatchNorm and activation in one: torch's own conversion would drop the
+    activations, and leave a MobileNetV2 without any.
+    """
+    return cast(Module, convert_sync_batchnorm(module))  # type: ignore[no-untyped-call]
+
+
 def prepare(method: Method, device: torch.device, config: ComputeConfig) -> Method:
     """Move a method to `device` and set it up as `config` says; returns it, changed in place.
 
@@ -61,8 +89,7 @@ def prepare(method: Method, device: torch.device, config: ComputeConfig) -> Meth
         keep_freed_memory()
     if world_size() > 1 and device.type == "cuda":
         for name in method.synchronised:
-            network = getattr(method, name)
-            setattr(method, name, nn.SyncBatchNorm.convert_sync_batchnorm(network))  # type: ignore[no-untyped-call]
+            setattr(method, name, synchronise_batchnorm(getattr(method, name)))
     for network in method.modules():
         if not isinstance(network, Network):
             continue

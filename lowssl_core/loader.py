@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import cv2
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lowssl_core.assembly import Assembled, Batches, PixelBatch, assemble_on
 from lowssl_core.errors import UserError
@@ -169,7 +169,7 @@ class Loader:
 
 
 def load_batches(
-    batches: Batches[Any, Batch], draws: Iterable[Draw], *, workers: int, device: torch.device
+    batches: Dataset[Assembled[Batch]], draws: Iterable[Draw], *, workers: int, device: torch.device
 ) -> Iterator[Assembled[Batch]]:
     """The batches of `draws`, in their order, in memory from where they go to `device` fast.
 

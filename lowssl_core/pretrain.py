@@ -1,14 +1,11 @@
 """`lowssl-pretrain`: a recipe, a folder of images and an output folder in, a run that can be stopped and resumed."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from lowssl_core.compute import choose_device
+from lowssl_core.compute import choose_device, default_workers, device_of_rank
 from lowssl_core.distributed import process_group
 from lowssl_core.errors import UserError
 from lowssl_core.recipe import load_recipe, recipe_names
@@ -20,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         recipe = load_recipe(arguments.recipe, arguments.set)
-        device = choose_device(_device_of_rank(arguments.device))
+        device = choose_device(device_of_rank(arguments.device))
         with process_group(device) as ranks:
             options = RunOptions(
                 data=arguments.data,
@@ -37,14 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def _device_of_rank(name: str) -> str:
-    """Under torchrun "auto" and "cuda" mean the GPU of this process."""
-    local_rank = os.environ.get("LOCAL_RANK")
-    if local_rank is not None and name in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{local_rank}"
-    return name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,15 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--views", choices=("auto", "cpu", "device"), default="auto", help="where views are made (auto: measured)"
     )
-    parser.add_argument("--workers", type=int, default=_default_workers(), help="processes that load images")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes that load images")
     return parser
-
-
-def _default_workers() -> int:
-    """All cores but the one that trains, shared by the processes of this machine; none on one or two cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return share - 1 if share > 2 else 0
 
 
 if __name__ == "__main__":

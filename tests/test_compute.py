@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowssl_core.backbones import BackboneConfig
-from lowssl_core.compute import ComputeConfig, choose_device, prepare
+from lowssl_core.compute import ComputeConfig, choose_device, prepare, synchronise_batchnorm
 from lowssl_core.errors import UserError
 from lowssl_core.methods import METHODS, DINOConfig, MoCoConfig, SwAVConfig
 from lowssl_core.methods.heads import Network
@@ -120,3 +120,16 @@ def test_without_being_asked_nothing_is_compiled(monkeypatch):
     before = copy.deepcopy(method.state_dict())
     prepare(method, CPU, ComputeConfig())
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("backbone", ["mobilenetv2_tiny", "resnet_tiny"])
+def test_synchronised_batchnorm_computes_the_same_function(name, backbone):
+    torch.manual_seed(0)
+    network = SMALL[name].build(BackboneConfig(name=backbone), BATCH).online.eval()
+    expected, _ = network(views().globals, views().locals)
+    converted = synchronise_batchnorm(network)
+    kinds = {type(part) for part in converted.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)}
+    assert kinds
+    assert all(issubclass(kind, torch.nn.SyncBatchNorm) for kind in kinds)
+    assert torch.equal(converted(views().globals, views().locals)[0], expected)
