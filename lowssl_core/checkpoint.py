@@ -1,7 +1,5 @@
 """Checkpoints: one safetensors file that holds a whole run, written atomically, without pickle."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from lowssl_core.errors import UserError
 from lowssl_core.methods.method import Method
 from lowssl_core.recipe import Recipe, differences, recipe_from_dict
 from lowssl_core.schedules import Progress
-from lowssl_core.tensor_file import read_format, read_tensors, write_tensors
+from lowssl_core.tensor_file import read_format, read_sealed, write_sealed
 
 FORMAT = "lowssl-checkpoint-1"
 
@@ -61,8 +59,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "progress": asdict(checkpoint.progress),
         "run": checkpoint.facts,
     }
-    # The file's own hash is of the tensors; a wrong step or seed would spoil a run as well.
-    write_tensors(path, checkpoint.tensors, format=FORMAT, facts=facts | {"hash": facts_hash(facts)})
+    write_sealed(path, checkpoint.tensors, format=FORMAT, facts=facts)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -76,12 +73,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: no such file, a file of another kind, or a damaged one.
     """
-    file = read_tensors(path)
-    if file.format != FORMAT:
-        raise UserError(f"{path} is no checkpoint of lowssl-pretrain: its format is {file.format!r}, not {FORMAT!r}")
-    facts = {name: value for name, value in file.facts.items() if name != "hash"}
-    if facts_hash(facts) != file.facts.get("hash"):
-        raise UserError(f"{path} is damaged: its recipe or progress do not match the hash written with them")
+    file = read_sealed(path, format=FORMAT, kind="checkpoint of lowssl-pretrain")
+    facts = file.facts
     return Checkpoint(
         recipe=recipe_from_dict(facts["recipe"]),
         progress=Progress(**facts["progress"]),
@@ -146,11 +139,6 @@ def has_teacher(checkpoint: Checkpoint) -> bool:
 def tensors_below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def facts_hash(facts: Mapping[str, Any]) -> str:
-    """sha256 of facts that JSON can hold."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _named_parameters(optimizer: Optimizer) -> list[tuple[str, Tensor]]:

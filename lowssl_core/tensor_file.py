@@ -1,5 +1,6 @@
 """Named tensors and facts about them in one safetensors file: written atomically, checked by a hash when read."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -81,6 +82,34 @@ def read_format(path: Path) -> str:
         return ""
 
 
+def write_sealed(path: Path, tensors: Mapping[str, Tensor], *, format: str, facts: Mapping[str, Any]) -> None:
+    """Write a file as `write_tensors` does, with a hash of its facts too.
+
+    The facts of a run that is gone on with, a step or a seed, decide as much as its tensors.
+    """
+    write_tensors(path, tensors, format=format, facts=dict(facts) | {"hash": _facts_hash(facts)})
+
+
+def read_sealed(path: Path, *, format: str, kind: str) -> TensorFile:
+    """Read what `write_sealed` wrote.
+
+    Args:
+        path: the file.
+        format: which it must have.
+        kind: what such a file is, in words.
+
+    Raises:
+        UserError: no such file, a file of another kind, or a damaged one.
+    """
+    file = read_tensors(path)
+    if file.format != format:
+        raise UserError(f"{path} is no {kind}: its format is {file.format!r}, not {format!r}")
+    facts = {name: value for name, value in file.facts.items() if name != "hash"}
+    if _facts_hash(facts) != file.facts.get("hash"):
+        raise UserError(f"{path} is damaged: what it says of its tensors does not match the hash written with it")
+    return dataclasses.replace(file, facts=facts)
+
+
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, types, shapes and bytes, in the order of names; tensors are on the CPU and contiguous."""
     digest = hashlib.sha256()
@@ -89,3 +118,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _facts_hash(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

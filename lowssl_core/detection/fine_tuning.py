@@ -13,14 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchvision.models.detection import MaskRCNN
 
-from lowssl_core.checkpoint import facts_hash, optimizer_tensors, restore_optimizer, tensors_below
+from lowssl_core.checkpoint import optimizer_tensors, restore_optimizer, tensors_below
 from lowssl_core.detection.loading import Sample
 from lowssl_core.detection.recipe import DetectionRecipe, detection_recipe_from_dict
 from lowssl_core.distributed import rank, world_size
 from lowssl_core.errors import UserError
 from lowssl_core.recipe import differences
 from lowssl_core.schedules import Progress
-from lowssl_core.tensor_file import read_tensors, write_tensors
+from lowssl_core.tensor_file import read_sealed, write_sealed
 
 FORMAT = "lowssl-detection-1"
 
@@ -153,8 +153,7 @@ def save_checkpoint(path: Path, checkpoint: DetectionCheckpoint) -> None:
         "progress": asdict(checkpoint.progress),
         "curve": [dict(row) for row in checkpoint.curve],
     }
-    # The file's own hash is of the tensors; a wrong step or seed would spoil a run as well.
-    write_tensors(path, checkpoint.tensors, format=FORMAT, facts=facts | {"hash": facts_hash(facts)})
+    write_sealed(path, checkpoint.tensors, format=FORMAT, facts=facts)
 
 
 def load_checkpoint(path: Path) -> DetectionCheckpoint:
@@ -163,12 +162,8 @@ def load_checkpoint(path: Path) -> DetectionCheckpoint:
     Raises:
         UserError: no such file, a file of another kind, or a damaged one.
     """
-    file = read_tensors(path)
-    if file.format != FORMAT:
-        raise UserError(f"{path} is no checkpoint of a detector: its format is {file.format!r}, not {FORMAT!r}")
-    facts = {name: value for name, value in file.facts.items() if name != "hash"}
-    if facts_hash(facts) != file.facts.get("hash"):
-        raise UserError(f"{path} is damaged: its recipe or progress do not match the hash written with them")
+    file = read_sealed(path, format=FORMAT, kind="checkpoint of a detector")
+    facts = file.facts
     return DetectionCheckpoint(
         recipe=detection_recipe_from_dict(facts["recipe"]),
         start=facts["start"],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from lowssl_core.checkpoint import facts_hash, optimizer_tensors, restore_optimizer, tensors_below
+from lowssl_core.checkpoint import optimizer_tensors, restore_optimizer, tensors_below
 from lowssl_core.errors import UserError
 from lowssl_core.evaluation.labelled import LabelledImages
 from lowssl_core.evaluation.linear import count_right
@@ -22,7 +22,7 @@ from lowssl_core.meter import Meter
 from lowssl_core.preprocess import Preprocess
 from lowssl_core.schedules import Progress, cosine
 from lowssl_core.sources import Source
-from lowssl_core.tensor_file import read_tensors, tensors_hash, write_tensors
+from lowssl_core.tensor_file import read_sealed, tensors_hash, write_sealed
 
 FORMAT = "lowssl-supervised-1"
 TEST_BATCH = 256
@@ -208,7 +208,7 @@ class SupervisedRun:
             "progress": asdict(self.progress),
             "history": [asdict(report) for report in self._history],
         }
-        write_tensors(self._checkpoint, tensors, format=FORMAT, facts=facts | {"hash": facts_hash(facts)})
+        write_sealed(self._checkpoint, tensors, format=FORMAT, facts=facts)
 
     def test(self) -> tuple[float, float | None]:
         """Top-1 and top-5 on the test images that can be read; top-5 is None for up to five classes."""
@@ -266,12 +266,8 @@ class SupervisedRun:
         return report
 
     def _restore(self, path: Path) -> None:
-        file = read_tensors(path)
-        if file.format != FORMAT:
-            raise UserError(f"{path} is no checkpoint of an evaluation: its format is {file.format!r}, not {FORMAT!r}")
-        facts = {name: value for name, value in file.facts.items() if name != "hash"}
-        if facts_hash(facts) != file.facts.get("hash"):
-            raise UserError(f"{path} is damaged: its facts do not match the hash written with them")
+        file = read_sealed(path, format=FORMAT, kind="checkpoint of an evaluation")
+        facts = file.facts
         there, here = facts["identity"], self._identity
         changed = [
             f"{key} ({there.get(key)}, {here.get(key)})" for key in here | there if there.get(key) != here.get(key)
