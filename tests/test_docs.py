@@ -41,7 +41,8 @@ def blocks(language: str) -> list[str]:
 def command_lines() -> list[str]:
     """Every command of the README: whole lines of its shell blocks, and `lowssl...` or torchrun in running text."""
     lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line] + re.findall(r"`(torchrun [^`]+)`", README)
+    # What stands in running text first: the blocks after it compare its run with theirs.
+    return re.findall(r"`(torchrun [^`]+)`", README) + [line for line in lines if line]
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,16 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         ran += 1
-    assert ran == 5
-    for made in ("views.png", "runs/mine/encoder.safetensors", "runs/mine/recalibrated.safetensors", "runs/dino"):
+    assert ran == 10
+    for made in (
+        "views.png",
+        "runs/mine/encoder.safetensors",
+        "runs/mine/recalibrated.safetensors",
+        "runs/dino",
+        "embeddings.parquet",
+        "compare.html",
+        "diagnosis/pixel-scale.png",
+    ):
         assert (folder / made).exists()
 
 

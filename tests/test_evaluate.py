@@ -123,7 +123,7 @@ def test_semi_starts_from_the_methods_head_where_there_is_one(data: str, tmp_pat
 def test_the_papers_linear_protocol_stops_at_a_signal_and_goes_on(data: str, tmp_path: Path) -> None:
     def command(out: Path, *more: str) -> list[str]:
         arguments = ["evaluate", "linear", "default", "--branch", "student", "--data", data, "--protocol", "paper"]
-        settings = ["--set", "epochs=8", "--set", "batch_size=20", "--out", str(out)]
+        settings = ["--set", "epochs=24", "--set", "batch_size=20", "--out", str(out)]
         return [sys.executable, "-m", "lowssl_core.command_line", *arguments, *settings, *more]
 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
