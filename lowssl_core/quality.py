@@ -110,7 +110,12 @@ def raw_pixels(images: Iterable[Pixels], size: int = 16) -> Tensor:
     that mean, which only says how bright an image is, cosines between images come out higher and find less.
     """
     preprocess = Preprocess(size=size)
-    rows = np.stack([preprocess(image).reshape(-1) for image in images]).astype(np.float32)
+    return centered_pixels(np.stack([preprocess(image) for image in images]))
+
+
+def centered_pixels(inputs: Pixels) -> Tensor:
+    """Pixels (N, 3 * size^2) of evaluation-style input (N, size, size, 3), less each image's own mean."""
+    rows = inputs.reshape(len(inputs), -1).astype(np.float32)
     return torch.from_numpy(rows - rows.mean(1, keepdims=True))
 
 

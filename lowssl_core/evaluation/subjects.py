@@ -19,6 +19,7 @@ from lowssl_core.errors import UserError
 from lowssl_core.evaluation.onnx_encoder import OnnxEncoder
 from lowssl_core.evaluation.timm_models import load_timm, untrained
 from lowssl_core.preprocess import Preprocess
+from lowssl_core.quality import centered_pixels
 from lowssl_core.recalibration import mixed_batches, recalibrate_batchnorm
 from lowssl_core.sources import Source
 from lowssl_core.tensor_file import tensors_hash
@@ -54,9 +55,7 @@ class PixelEmbedder:
 
     def embed_inputs(self, inputs: NDArray[np.uint8]) -> Tensor:
         """Pixels (B, 3 * size^2) less each image's own mean."""
-        # Preprocessing what is preprocessed with the same margin would crop again: the size is that of the input.
-        rows = inputs.reshape(len(inputs), -1).astype(np.float32)
-        return torch.from_numpy(rows - rows.mean(1, keepdims=True))
+        return centered_pixels(inputs)
 
 
 @dataclass(frozen=True)
