@@ -95,10 +95,19 @@ def build_backbone(name: str, drop_path: float = 0.0) -> tuple[nn.Module, int]:
         UserError: no such model, or one that does not give a vector for each image.
     """
     module = BACKBONES[name](drop_path) if name in BACKBONES else _any_timm_model(name, drop_path)
+    return module, backbone_width(module, name)
+
+
+def backbone_width(module: nn.Module, name: str) -> int:
+    """How long the features of a timm model without its classifier are.
+
+    Raises:
+        UserError: the model called `name` does not say.
+    """
     width = getattr(module, "head_hidden_size", None) or getattr(module, "num_features", None)
     if not isinstance(width, int):
         raise UserError(f"backbone {name!r} does not say how wide its features are")
-    return module, width
+    return width
 
 
 def _any_timm_model(name: str, drop_path: float) -> nn.Module:

@@ -14,7 +14,7 @@ from lowssl_core.errors import UserError
 from lowssl_core.methods.method import Method
 from lowssl_core.recipe import Recipe, differences, recipe_from_dict
 from lowssl_core.schedules import Progress
-from lowssl_core.tensor_file import read_format, read_sealed, write_sealed
+from lowssl_core.tensor_file import read_format, read_sealed, tensor_names, write_sealed
 
 FORMAT = "lowssl-checkpoint-1"
 
@@ -131,9 +131,9 @@ def backbone_state(checkpoint: Checkpoint, branch: Branch) -> dict[str, Tensor]:
     return state
 
 
-def has_teacher(checkpoint: Checkpoint) -> bool:
-    """Whether the run's method keeps a moving average of the trained network."""
-    return any(name.startswith("method.teacher.backbone.") for name in checkpoint.tensors)
+def has_teacher(path: Path) -> bool:
+    """Whether the method of the run whose checkpoint is at `path` keeps a moving average of the trained network."""
+    return any(name.startswith("method.teacher.backbone.") for name in tensor_names(path))
 
 
 def tensors_below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

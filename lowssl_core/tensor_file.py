@@ -82,6 +82,12 @@ def read_format(path: Path) -> str:
         return ""
 
 
+def tensor_names(path: Path) -> list[str]:
+    """The names of a file's tensors, which are not read; the file is one of LowSSL's (`read_format`)."""
+    with safetensors.safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], *, format: str, facts: Mapping[str, Any]) -> None:
     """Write a file as `write_tensors` does, with a hash of its facts too.
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowssl_core.checkpoint import has_teacher, is_checkpoint, load_checkpoint
+from lowssl_core.checkpoint import has_teacher, is_checkpoint
 from lowssl_core.encoder import DEFAULT, Encoder, EncoderInfo, load_encoder
 from lowssl_core.errors import UserError
 from lowssl_core.evaluation.onnx_encoder import OnnxEncoder
@@ -140,7 +140,7 @@ def _branches(
     """The branches of a checkpoint, or an encoder's file under the name of its own branch."""
     student = load_encoder(model, device=device)
     subjects = [Subject(student.info.branch, student)]
-    if model != DEFAULT and is_checkpoint(Path(model)) and has_teacher(load_checkpoint(Path(model))):
+    if model != DEFAULT and is_checkpoint(Path(model)) and has_teacher(Path(model)):
         subjects.append(Subject("teacher", load_encoder(model, branch="teacher", device=device)))
     if recalibrate_on is not None and student.info.branch == "student" and "recalibrated" in wanted:
         encoder = Encoder(copy.deepcopy(student.backbone), student.info)

@@ -10,7 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from lowssl_core.backbones import BACKBONES, build_backbone
+from lowssl_core.backbones import BACKBONES, backbone_width, build_backbone
 from lowssl_core.encoder import Encoder, EncoderInfo
 from lowssl_core.errors import UserError
 from lowssl_core.preprocess import Preprocess
@@ -53,7 +53,7 @@ def load_timm(name: str) -> Encoder:
     info = EncoderInfo(
         name=f"timm {name}",
         backbone=name,
-        width=_width(backbone),
+        width=backbone_width(backbone, name),
         **asdict(_preprocess(config)),
         weights_hash=tensors_hash(state),
         data=str(published.tag or ""),
@@ -106,12 +106,6 @@ def renormalize(backbone: nn.Module, mean: tuple[float, ...], std: tuple[float, 
 
     first = next(part for part in backbone.modules() if isinstance(part, nn.Conv2d) and part.in_channels == 3)
     first.register_forward_pre_hook(change)
-
-
-def _width(backbone: nn.Module) -> int:
-    width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
-    assert isinstance(width, int)
-    return width
 
 
 def _preprocess(config: dict[str, Any]) -> Preprocess:
