@@ -1,0 +1,1 @@
+"""LowSSL's server: versions of encoders that replace each other safely, and REST that serves the current one."""

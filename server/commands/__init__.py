@@ -1,0 +1,1 @@
+"""Subcommands of `lowssl` that work on a server's data."""
