@@ -86,11 +86,18 @@ def read_size(data: bytes, limits: ImageLimits = _DEFAULT_LIMITS) -> tuple[int, 
     return height, width
 
 
-def decode(data: bytes, *, reduce: int = 1, limits: ImageLimits = _DEFAULT_LIMITS) -> Pixels:
+def decode(
+    data: bytes,
+    *,
+    reduce: int = 1,
+    limits: ImageLimits = _DEFAULT_LIMITS,
+    formats: tuple[str, ...] | None = None,
+) -> Pixels:
     """RGB uint8 (H, W, 3), upright; transparency is laid on white, of an animation the first frame is taken.
 
     `reduce` in 1, 2, 4, 8 asks for an image with sides divided by it (rounded up), which JPEG can decode in less
-    time; other formats ignore it, so look at the size that comes back.
+    time; other formats ignore it, so look at the size that comes back. `formats`, by Pillow's names, are the only ones
+    to read; None for every one that Pillow knows.
     Raises BadImage for empty, unreadable, truncated, zero-sized, tiny and huge data.
     """
     if reduce not in (1, 2, 4, 8):
@@ -105,7 +112,7 @@ def decode(data: bytes, *, reduce: int = 1, limits: ImageLimits = _DEFAULT_LIMIT
     ):
         limits.check(header.height, header.width)
         return _decode_jpeg(data, reduce)
-    return _decode_with_pillow(data, limits)
+    return _decode_with_pillow(data, reduce, limits, formats)
 
 
 def _decode_jpeg(data: bytes, reduce: int) -> Pixels:
@@ -120,9 +127,11 @@ def _decode_jpeg(data: bytes, reduce: int) -> Pixels:
     return pixels.astype(np.uint8, copy=False)
 
 
-def _decode_with_pillow(data: bytes, limits: ImageLimits) -> Pixels:
-    with _open(data) as image:
+def _decode_with_pillow(data: bytes, reduce: int, limits: ImageLimits, formats: tuple[str, ...] | None) -> Pixels:
+    with _open(data, formats) as image:
         limits.check(image.height, image.width)
+        if reduce > 1:  # JPEG alone follows
+            image.draft(None, (image.width // reduce, image.height // reduce))
         return np.array(_to_rgb(ImageOps.exif_transpose(image)))
 
 
@@ -138,13 +147,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _open(data: bytes) -> Iterator[Image.Image]:
-    """Read with Pillow: whatever it raises, there and in the with-block, becomes a BadImage."""
+def _open(data: bytes, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+    """Read with Pillow, as one of `formats`: whatever it raises, there and in the with-block, becomes a BadImage."""
     if not data:
         raise BadImage("empty file")
     try:
         # Pillow warns of odd metadata and of large images; the limits above say what is refused.
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=formats) as image:
             yield image
     except UnidentifiedImageError as error:
         raise BadImage("unreadable: no image format that is known") from error

@@ -108,6 +108,15 @@ def test_a_reduced_jpeg_is_the_shrunk_image(reduce: int, progressive: bool) -> N
     assert np.abs(pixels.astype(int) - np.asarray(expected)).mean() < 4
 
 
+@pytest.mark.parametrize("reduce", [1, 2, 4, 8])
+def test_a_reduced_cmyk_jpeg_is_the_shrunk_image(reduce: int) -> None:
+    image = picture(117, 163).convert("CMYK")
+    pixels = decode(encode(image, quality=95), reduce=reduce)
+    expected = image.convert("RGB").resize((-(-163 // reduce), -(-117 // reduce)), Image.Resampling.BOX)
+    assert pixels.shape == np.asarray(expected).shape
+    assert np.abs(pixels.astype(int) - np.asarray(expected)).mean() < 4
+
+
 def test_other_formats_ignore_the_reduction() -> None:
     assert decode(encode(picture(), "PNG"), reduce=4).shape == (60, 90, 3)
     with pytest.raises(ValueError, match="divide by 1, 2, 4 or 8"):
@@ -152,6 +161,15 @@ def test_what_is_no_image_is_refused_by_both_functions(data: bytes) -> None:
         with pytest.raises(BadImage) as raised:
             function(data)
         assert len(raised.value.reason) < 80
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_only_the_formats_asked_for_are_read(format_: str) -> None:
+    data, others = encode(picture(), format_), tuple(other for other in FORMATS if other != format_)
+    np.testing.assert_array_equal(decode(data, formats=(format_,)), decode(data))
+    if format_ != "JPEG":  # its bytes say so themselves
+        with pytest.raises(BadImage, match="no image format"):
+            decode(data, formats=others)
 
 
 def test_zero_sized_and_tiny_images_are_refused() -> None:
