@@ -1,0 +1,1 @@
+"""What the server speaks: requests in, answers and problems out."""
