@@ -1,4 +1,4 @@
-"""The demonstration: pre-train a tiny backbone on photographs in minutes, and judge it on tiles it has not seen."""
+"""The demonstration: pre-train a tiny backbone on photographs in minutes, judge it on unseen tiles, and serve it."""
 
 import json
 import os
@@ -17,9 +17,10 @@ from torch import Tensor
 import lowssl_core
 from lowssl_core.backbones import build_backbone
 from lowssl_core.checkpoint import load_checkpoint
+from lowssl_core.demo_serving import Answer, serve_and_ask
 from lowssl_core.encoder import Encoder, EncoderInfo, load_encoder
 from lowssl_core.errors import UserError
-from lowssl_core.figures import curves_figure
+from lowssl_core.figures import curves_figure, neighbors_figure
 from lowssl_core.files import write_atomically
 from lowssl_core.journal import read_metrics
 from lowssl_core.neighbors import knn_accuracy
@@ -36,6 +37,8 @@ RECIPE = "tiny-dino-matched"
 DATA = "photos"
 # What a run's folder holds, and what a new run replaces; nothing else in it is touched.
 RUN_FILES = (CHECKPOINT, ENCODER, "metrics.jsonl", "nonfinite.json")
+# The server's folder in that of the demo.
+SERVER = "server"
 # The same copies as along the run, so that its curves end at the table's figures.
 SEED_OF_COPIES = 0
 UNTRAINED, PIXELS, TRAINED, PACKAGED = "random network", "raw pixels", "this run", "default encoder"
@@ -52,7 +55,7 @@ class Quality:
 
 
 def run_demo(out: Path, overrides: Sequence[str] = ()) -> int:
-    """Train, judge and draw, all in the folder `out`; returns an exit status.
+    """Train, judge, draw and serve, all in the folder `out`; returns an exit status.
 
     A run in `out` that was interrupted is continued; a finished one, or one of another recipe, is replaced.
 
@@ -61,7 +64,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> int:
         overrides: of the recipe, as `load_recipe` takes them.
 
     Raises:
-        UserError: a wrong override, or packages that came without their photographs.
+        UserError: a wrong override, packages that came without their photographs, or a server that cannot start.
     """
     start = time.monotonic()
     recipe = load_recipe(RECIPE, overrides)
@@ -83,6 +86,10 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> int:
     qualities = judge(_embeddings(run, recipe), train, test, recipe.data.shrink_to)
     print(_table(qualities, len(test)), flush=True)
     _draw_curves(out / "curves.png", run, recipe, qualities)
+    print("\n4. Served\n", flush=True)
+    answer = serve_and_ask(run / ENCODER, out / SERVER, test)
+    print(_neighbors_table(answer, test.classes or ()), flush=True)
+    neighbors_figure(out / "neighbors.png", answer.images, answer.examples, answer.neighbors, answer.cosines)
     seconds = time.monotonic() - start
     _write_results(out / "results.json", run, recipe, qualities, seconds)
     print(f"\n{_summary(out, qualities, seconds)}")
@@ -151,7 +158,7 @@ def _announcement(recipe: Recipe, train: Source, test: Source) -> str:
     return (
         f"This trains a {recipe.backbone.name} from scratch, without labels, with the recipe {RECIPE}:\n"
         f"{len(train)} tiles of the photographs that scikit-image and scikit-learn ship, {recipe.epochs} times each.\n"
-        f"Then it judges what was learnt on {len(test)} tiles from other regions of the photographs.\n"
+        f"Then it judges what was learnt on {len(test)} tiles from other regions of the photographs, and serves it.\n"
         "No network is used. It takes about four minutes on two cores."
     )
 
@@ -165,6 +172,27 @@ def _table(qualities: Mapping[str, Quality], images: int) -> str:
         "k-NN: share whose photograph is named by the 20 nearest train tiles",
     ]
     return "\n".join(lines)
+
+
+def _neighbors_table(answer: Answer, photographs: Sequence[str]) -> str:
+    width = max(map(len, photographs)) + 2
+    lines = [
+        f"{len(answer.images)} tiles went through /embed of a server that has the encoder as {answer.version};",
+        "of each photograph one, and what its nearest other tiles are of (cosine):",
+        "",
+    ]
+    for index in answer.examples:
+        found = [
+            f"{photographs[answer.labels[neighbor]]} {cosine:.2f}"
+            for neighbor, cosine in zip(answer.neighbors[index], answer.cosines[index], strict=True)
+        ]
+        lines.append(f"{photographs[answer.labels[index]]:<{width}}{''.join(f'{one:<{width + 5}}' for one in found)}")
+    lines += [
+        "",
+        f"{100 * answer.agreement:.0f} of 100 tiles have their nearest neighbor in the same photograph "
+        f"(by chance: {100 * answer.chance:.0f})",
+    ]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _draw_curves(path: Path, run: Path, recipe: Recipe, qualities: Mapping[str, Quality]) -> None:
@@ -195,6 +223,7 @@ def _summary(out: Path, qualities: Mapping[str, Quality], seconds: float) -> str
     files = {
         "views.png": "one tile, its views, and the local size that matches",
         "curves.png": "loss and quality against images seen",
+        "neighbors.png": "tiles and their nearest neighbors, by the embeddings that the server gave",
         f"run/{ENCODER}": "the encoder",
         f"run/{CHECKPOINT}": "the whole run",
         "results.json": "the figures above",
@@ -205,5 +234,6 @@ def _summary(out: Path, qualities: Mapping[str, Quality], seconds: float) -> str
             f"In {seconds / 60:.1f} minutes an encoder was trained from nothing; "
             f"it finds {found[TRAINED]} of 100 tiles (untrained: {found[UNTRAINED]}, raw pixels: {found[PIXELS]}).",
             *(f"  {out / name!s:<{width}}  {what}" for name, what in files.items()),
+            f"Serve it: lowssl-server --data-dir {out / SERVER}",
         ]
     )

@@ -1,4 +1,4 @@
-"""Figures as PNG: one image's views with the matched local size, and a run's curves beside baselines."""
+"""Figures as PNG: one image's views with the matched local size, a run's curves beside baselines, nearest neighbors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -77,6 +77,39 @@ def curves_figure(
         _draw_quality(axis, [row for row in quality if name in row], name, levels)
         axis.set_title(measures[name], loc="left", fontsize=11, color=INK)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+    save(figure, path)
+
+
+def neighbors_figure(
+    path: Path,
+    images: Sequence[Pixels],
+    queries: Sequence[int],
+    neighbors: NDArray[np.int64],
+    cosines: NDArray[np.float32],
+) -> None:
+    """Draw images, each above its nearest others with their cosines, the nearest first.
+
+    Args:
+        path: the PNG to write.
+        images: (H, W, 3) uint8 each.
+        queries: which of the images are shown, a column each.
+        neighbors: (N, k), the nearest images to each image.
+        cosines: (N, k), to them.
+    """
+    rows = 1 + neighbors.shape[1]
+    figure = Figure(figsize=(1.25 * len(queries), 1.45 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, len(queries), squeeze=False)
+    for column, query in enumerate(queries):
+        for row, index in enumerate([query, *neighbors[query]]):
+            axis = axes[row][column]
+            axis.imshow(images[index])
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set(color=GLOBAL if row == 0 else FAINT, linewidth=2.4 if row == 0 else 0.6)
+            if row > 0:
+                axis.set_xlabel(f"{cosines[query][row - 1]:.2f}", fontsize=8, color=INK, labelpad=2)
+    axes[0][0].set_ylabel("asked", fontsize=9, color=GLOBAL)
+    axes[1][0].set_ylabel("nearest", fontsize=9, color=INK)
+    figure.suptitle("Tiles and the tiles nearest to them, by cosine", x=0.01, ha="left", fontsize=12, color=INK)
     save(figure, path)
 
 

@@ -63,14 +63,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_demo_makes_all_that_its_last_lines_name(made: tuple[Path, str]) -> None:
     out, printed = made
-    named = {line.split()[0] for line in printed.splitlines()[-5:]}
+    *lines, last = printed.splitlines()
+    named = {line.split()[0] for line in lines[-6:]}
     assert named == {
         str(out / name)
-        for name in ("views.png", "curves.png", "run/encoder.safetensors", "run/checkpoint.safetensors", "results.json")
+        for name in (
+            "views.png",
+            "curves.png",
+            "neighbors.png",
+            "run/encoder.safetensors",
+            "run/checkpoint.safetensors",
+            "results.json",
+        )
     }
+    assert last == f"Serve it: lowssl-server --data-dir {out / 'server'}"
     for path in named:
         assert Path(path).stat().st_size > 0
-    for name in ("views.png", "curves.png"):
+    for name in ("views.png", "curves.png", "neighbors.png"):
         with Image.open(out / name) as figure:
             figure.verify()
 
@@ -83,6 +92,18 @@ def test_the_table_and_the_results_agree(made: tuple[Path, str]) -> None:
     for name, quality in results["quality"].items():
         line = next(line for line in printed.splitlines() if line.startswith(name))
         assert line.split()[-2:] == [f"{quality['retrieval']:.3f}", f"{quality['knn']:.3f}"]
+
+
+def test_what_the_server_answered_is_what_the_encoder_says(made: tuple[Path, str]) -> None:
+    out, printed = made
+    tiles = open_few(split="test")
+    images = [tiles.read(index) for index in range(len(tiles))]
+    features = torch.nn.functional.normalize(load_encoder(out / "run" / "encoder.safetensors").embed(images), dim=1)
+    cosines = (features @ features.T).fill_diagonal_(-1)
+    labels = torch.tensor([tiles.label(index) for index in range(len(tiles))])
+    right = int((labels[cosines.argmax(1)] == labels).sum())
+    assert f"{100 * right / len(tiles):.0f} of 100 tiles have their nearest neighbor in the same photograph" in printed
+    assert "20 tiles went through /embed of a server that has the encoder as v1" in printed
 
 
 def test_the_table_shows_the_ends_of_the_curves(made: tuple[Path, str]) -> None:

@@ -1,11 +1,16 @@
 """What the README says is true: its commands run, its Python runs, its tables and tree are complete."""
 
 import ast
+import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,9 @@ from PIL import Image
 
 from lowssl_core.photos import open_photos
 from lowssl_core.recipe import recipe_names
+from server.api.descriptions import routes_table
+from server.app import create_app
+from server.settings import Settings, settings_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -57,13 +65,50 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_command_of_the_readme_runs(folder: Path) -> None:
+@pytest.fixture
+def servers() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The servers that the README's commands left running; they end with the test."""
+    running: list[subprocess.Popen[bytes]] = []
+    yield running
+    for process in running:
+        process.terminate()
+    assert [process.wait(30) for process in running] == [0] * len(running)
+
+
+def start_server(command: list[str], folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """Start `lowssl-server` as its line in the README does, at another port, and wait until it is ready."""
+    process = subprocess.Popen([*command, "--port", str(port)], cwd=folder)
+    for _ in range(300):
+        assert process.poll() is None
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return process
+    raise AssertionError("lowssl-server is not ready after 30 s")
+
+
+def test_every_command_of_the_readme_runs(folder: Path, servers: list[subprocess.Popen[bytes]]) -> None:
     bin_folder = Path(sys.executable).parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     ran = 0
     for line in command_lines():
         program, *arguments = shlex.split(line)
         if program == "make":
             continue  # make test is this; make demo has a test of its command
+        if program.endswith("lowssl-server"):
+            servers.append(start_server([str(bin_folder / "lowssl-server"), *arguments], folder, port))
+            ran += 1
+            continue
+        if program == "curl":
+            command = ["curl", "--silent", "--fail", *(word.replace("8080", str(port)) for word in arguments)]
+            answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+            assert len(json.loads(answer)["embeddings"][0]["embedding"]) == json.loads(answer)["dimension"]
+            ran += 1
+            continue
         if "lowssl-pretrain" in line or "lowssl_core.pretrain" in line or "diagnose" in line:
             arguments += SHORTER
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -72,7 +117,7 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         ran += 1
-    assert ran == 10
+    assert ran == 15
     for made in (
         "views.png",
         "runs/mine/encoder.safetensors",
@@ -81,6 +126,7 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
         "embeddings.parquet",
         "compare.html",
         "diagnosis/pixel-scale.png",
+        "encoder.onnx",
     ):
         assert (folder / made).exists()
 
@@ -99,8 +145,13 @@ def test_the_readme_names_every_recipe_and_no_other() -> None:
 
 def test_the_file_tree_has_each_module_with_its_first_sentence() -> None:
     tree = README.split("## Files")[1].split("## ")[0]
-    for place in ("lowssl_core", "benchmarks"):
+    for place in ("lowssl_core", "server", "client", "benchmarks"):
         for path in (ROOT / place).rglob("*.py"):
             sentence = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
             if path.name != "__init__.py":
                 assert re.search(rf"{re.escape(path.name)} +{re.escape(sentence)}\n", tree), f"{path.name}  {sentence}"
+
+
+def test_the_docs_have_every_setting_and_every_route() -> None:
+    assert settings_table() in (ROOT / "docs" / "serving.md").read_text()
+    assert routes_table(create_app(Settings()).openapi()) in (ROOT / "docs" / "api.md").read_text()

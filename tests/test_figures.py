@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from lowssl_core.command_line import main
-from lowssl_core.figures import GLOBAL, LOCAL, curves_figure, views_figure
+from lowssl_core.figures import GLOBAL, LOCAL, curves_figure, neighbors_figure, views_figure
 from lowssl_core.views import ViewsConfig, measure
 
 RECIPE = "dino-mobilenetv2-matched"
@@ -40,6 +40,17 @@ def test_views_figure_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
         views_figure(tmp_path / name, picture(), config, measured, seed=seed)
     a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
     assert a == b != c
+
+
+def test_neighbors_figure_shows_each_image_as_often_as_it_is_found(tmp_path: Path) -> None:
+    colors = ("#102030", "#405060", "#708090")
+    images = [np.full((8, 8, 3), [int(color[i : i + 2], 16) for i in (1, 3, 5)], np.uint8) for color in colors]
+    neighbors = np.array([[1, 2], [2, 0], [1, 0]])
+    neighbors_figure(tmp_path / "n.png", images, [0, 1], neighbors, np.ones((3, 2), np.float32))
+    seen = [count_pixels(tmp_path / "n.png", color) for color in colors]
+    # Two columns: 0 above 1 and 2, 1 above 2 and 0.
+    assert min(seen) > 5000
+    assert max(seen) < 1.05 * min(seen)
 
 
 def test_curves_figure_has_a_panel_for_each_measure_there_is(tmp_path: Path) -> None:
