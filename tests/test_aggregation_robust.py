@@ -1,0 +1,227 @@
+"""Trimmed mean, median and multi-Krum against loops over the papers' equations, and the spool they work from."""
+
+import itertools
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from aggregation_data import MANIFEST, deltas, global_model, reply
+
+from lowssl_core.errors import UserError
+from server.aggregation.means import FedAvgConfig
+from server.aggregation.robust import (
+    MedianConfig,
+    MultiKrumConfig,
+    TrimmedMeanConfig,
+    median,
+    multi_krum,
+    squared_distances,
+    trimmed_mean,
+)
+from server.aggregation.spool import Spool
+
+TRAINED = MANIFEST.trained_size
+
+
+def run_round(config, folder, flats):
+    aggregator = config.build(folder)
+    aggregator.begin(global_model(), MANIFEST)
+    for index, flat in enumerate(flats):
+        aggregator.add(reply(flat, index))
+    return aggregator.finish()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 10, 11])
+def test_the_median_is_that_of_each_coordinate(count):
+    rows = np.random.default_rng(count).standard_normal((count, 30)).astype(np.float32)
+    rows[:, 0] = 1  # ties
+    expected = [statistics.median(column) for column in rows.T.astype(float).tolist()]
+    np.testing.assert_allclose(median(rows), expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("trim", [0.01, 0.1, 0.2, 0.49])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 10, 11])
+def test_the_trimmed_mean_leaves_out_as_many_at_each_end(count, trim):
+    rows = np.random.default_rng(count).standard_normal((count, 30)).astype(np.float32)
+    rows[:, 0] = 1
+    cut = math.ceil(trim * count)
+    while 2 * cut >= count:
+        cut -= 1
+    expected = [statistics.fmean(sorted(column)[cut : count - cut]) for column in rows.T.astype(float).tolist()]
+    np.testing.assert_allclose(trimmed_mean(rows, trim), expected, rtol=1e-6, atol=1e-9)
+
+
+def krum_by_the_paper(rows, faulty):
+    """Blanchard et al. 2017: s(i) = sum over the n - f - 2 closest of |V_i - V_j|^2; the n - f best."""
+    count = len(rows)
+    scores = []
+    for i in range(count):
+        distances = sorted(math.dist(rows[i], rows[j]) ** 2 for j in range(count) if j != i)
+        scores.append(sum(distances[: count - faulty - 2]))
+    return sorted(sorted(range(count), key=lambda i: scores[i])[: count - faulty])
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "faulty"), [(5, 0.2, 1), (9, 0.3, 3), (10, 0.25, 3), (4, 0.2, 0), (12, 0, 0)]
+)
+def test_multi_krum_chooses_as_the_paper_does(count, share, faulty):
+    for seed in range(30):
+        rows = np.random.default_rng([count, seed]).standard_normal((count, 40))
+        rows[0] *= 4
+        blocks = (rows[:, start : start + 7] for start in range(0, 40, 7))
+        assert multi_krum(blocks, count, share) == krum_by_the_paper(rows.tolist(), faulty)
+
+
+def test_two_replies_are_too_few_for_krum_and_both_count():
+    assert multi_krum(iter([np.ones((2, 3))]), 2, 0.4) == [0, 1]
+
+
+def test_distances_tell_replies_apart_that_float32_could_not():
+    rng = np.random.default_rng(0)
+    rows = (1000 + 1e-3 * rng.standard_normal((6, 5000))).astype(np.float64)
+    expected = [[math.dist(a, b) ** 2 for b in rows.tolist()] for a in rows.tolist()]
+    blocks = (rows[:, start : start + 1024] for start in range(0, 5000, 1024))
+    np.testing.assert_allclose(squared_distances(blocks, 6), expected, rtol=0.01, atol=1e-5)
+    products = rows.astype(np.float32) @ rows.astype(np.float32).T
+    squares = np.diag(products)
+    error = np.abs(squares[:, None] + squares - 2 * products - expected)
+    assert error.max() > 0.9 * np.max(expected)
+
+
+@pytest.mark.parametrize("config", [TrimmedMeanConfig(trim=0.3), MedianConfig(), MultiKrumConfig(faulty=0.3)])
+def test_three_colluding_devices_of_ten_do_not_move_the_model_far(config, tmp_path):
+    flats = deltas(10, likeness=0.8)
+    honest = np.mean(flats[3:], axis=0)[:TRAINED]
+    for index, flat in enumerate(flats[:3]):
+        flat[:TRAINED] *= (-50, 1000, -1)[index]
+        flat[MANIFEST.means] += 1e6
+        flat[MANIFEST.variances] *= 1e6
+    new = run_round(config, tmp_path, flats)
+    moved = new[:TRAINED] - global_model()[:TRAINED]
+    assert np.linalg.norm(moved - honest) < 0.6 * np.linalg.norm(honest)
+    assert np.abs(new[MANIFEST.means] - global_model()[MANIFEST.means]).max() < 1
+    assert (new[MANIFEST.variances] > 0).all()
+    assert (new[MANIFEST.variances] < 10 * global_model()[MANIFEST.variances]).all()
+    plain = run_round(FedAvgConfig(momentum=0), tmp_path, flats)
+    assert np.linalg.norm(plain[:TRAINED] - global_model()[:TRAINED] - honest) > 50 * np.linalg.norm(honest)
+
+
+def test_with_nothing_to_cut_off_statistics_are_the_pooled_ones(tmp_path):
+    flats = deltas(6)
+    krum = run_round(MultiKrumConfig(faulty=0), tmp_path / "krum", flats)
+    pooled = run_round(FedAvgConfig(momentum=0), tmp_path, flats)
+    np.testing.assert_allclose(krum, pooled, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("config", [TrimmedMeanConfig(), MedianConfig(), MultiKrumConfig()])
+def test_clipped_and_late_replies_are_shortened(config, tmp_path):
+    flat = deltas(1)[0]
+    aggregator = config.build(tmp_path)
+    aggregator.begin(global_model(), MANIFEST)
+    for index in range(5):
+        aggregator.add(reply(flat, index, clip=0.5, staleness=3))
+    moved = aggregator.finish()[:TRAINED] - global_model()[:TRAINED]
+    np.testing.assert_allclose(moved, 0.25 * flat[:TRAINED], atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [TrimmedMeanConfig(), MedianConfig(), MultiKrumConfig()])
+def test_a_round_goes_on_from_the_replies_on_disk(config, tmp_path):
+    flats = deltas(8)
+    whole = run_round(config, tmp_path / "whole", flats)
+    first = config.build(tmp_path / "cut")
+    first.begin(global_model(), MANIFEST)
+    for index in range(5):
+        first.add(reply(flats[index], index))
+    again = config.build(tmp_path / "cut")
+    again.begin(global_model(), MANIFEST)
+    assert again.update_ids == {f"{index:04}" for index in range(5)}
+    for index in range(3, 8):  # two of them are sent again
+        again.add(reply(flats[index], index))
+    np.testing.assert_array_equal(again.finish(), whole)
+
+
+def test_replies_of_another_round_go_away(tmp_path):
+    run_round(MedianConfig(), tmp_path, deltas(3))
+    other = MedianConfig().build(tmp_path)
+    other.begin(global_model(seed=1), MANIFEST)
+    assert not other.update_ids
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_written_damaged_and_foreign_files_are_cleared_away(tmp_path):
+    spool = Spool(tmp_path, MANIFEST.size, "round")
+    for index, flat in enumerate(deltas(4)):
+        spool.put(reply(flat, index))
+    kept = list(spool)
+    os.truncate(kept[0].path, kept[0].path.stat().st_size - 1)
+    with kept[1].path.open("r+b") as file:
+        file.write(b"\xff" * 10)
+    (tmp_path / f".{kept[2].path.name}.abc123").write_bytes(b"half")
+    (tmp_path / "notes.txt").write_text("?")
+    assert [one.update_id for one in Spool(tmp_path, MANIFEST.size, "round")] == ["0002", "0003"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+WRITER = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from aggregation_data import MANIFEST, deltas, reply
+from server.aggregation.spool import Spool
+if len(sys.argv) > 3:
+    import signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+spool = Spool(Path(sys.argv[1]), MANIFEST.size, "round")
+flats = deltas(20)
+print("ready", flush=True)
+for index in range(10_000):
+    if index == 3 and len(sys.argv) > 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+    spool.put(reply(flats[index % 20], index))
+"""
+
+
+def writer(folder, *more):
+    command = [sys.executable, "-c", WRITER, str(folder), os.path.dirname(__file__), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_after_kill_9_every_reply_on_disk_is_whole(tmp_path):
+    flats = deltas(20)
+    for turn in range(4):
+        folder = tmp_path / str(turn)
+        with writer(folder) as process:
+            process.stdout.readline()
+            time.sleep(0.05 + 0.07 * turn)
+            process.send_signal(signal.SIGKILL)
+        spool = Spool(folder, MANIFEST.size, "round")
+        kept = list(spool)
+        assert [one.update_id for one in kept] == [f"{index:04}" for index in range(len(kept))]
+        rows = spool.read(slice(0, MANIFEST.size), kept)
+        for row, flat in zip(rows, itertools.cycle(flats), strict=False):
+            np.testing.assert_array_equal(row, flat)
+
+
+def test_a_disk_that_is_full_is_said_and_earlier_replies_stay(tmp_path):
+    """A limit on the size of files stands for the disk's: the write fails just so."""
+    with writer(tmp_path, "limited") as process:
+        error = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert "a reply of 0.0 MB cannot be kept" in error
+    assert "earlier replies (3) are untouched" in error
+    assert [one.update_id for one in Spool(tmp_path, MANIFEST.size, "round")] == ["0000", "0001", "0002"]
+
+
+def test_a_reply_that_is_lost_meanwhile_is_said(tmp_path):
+    aggregator = MedianConfig().build(tmp_path)
+    aggregator.begin(global_model(), MANIFEST)
+    for index, flat in enumerate(deltas(3)):
+        aggregator.add(reply(flat, index))
+    next(tmp_path.iterdir()).unlink()
+    with pytest.raises(UserError, match="No such file"):
+        aggregator.finish()
