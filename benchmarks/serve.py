@@ -71,31 +71,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         photographs = {side: write_photographs(Path(folder) / str(side), side) for side in options.sides}
         print(f"{machine_report()['processor']}, {len(os.sched_getaffinity(0))} cores; {options.turns} turns\n{HEADER}")
         for model, path in export_models(Path(folder) / "models", options.backbones, options.precisions).items():
-            for side, files in photographs.items():
-                if side != 640 and model != f"{options.backbones[0]} fp32":
-                    continue  # what a size costs does not depend on the model
-                for row in compare(path, files, turns=options.turns, seconds=options.seconds):
-                    results["rows"].append({"model": model, "side": side, **row})
-                    print_row(results["rows"][-1])
-            if options.overload_seconds and not results.get("overload"):
-                results["overload"] = overload(path, photographs[640], options.overload_seconds)
+            is_first = not results["rows"]
+            with lowssl_server(path) as server, naive_server(path) as naive:
+                # What a size costs beside the model does not depend on the model.
+                for side in options.sides if is_first else options.sides[:1]:
+                    services, files = (server, naive), photographs[side]
+                    for row in compare(path, services, files, turns=options.turns, seconds=options.seconds):
+                        results["rows"].append({"model": model, "side": side, **row})
+                        print_row(results["rows"][-1])
+                if is_first and options.overload_seconds:
+                    results["overload"] = overload(server, photographs[options.sides[0]], options.overload_seconds)
         print_overload(results.get("overload"))
     if options.json:
         settings = {"connections": CONNECTIONS, "turns": options.turns, "seconds": options.seconds}
         write_report(options.json, results, settings=settings, seeds={"weights": 0})
 
 
-def compare(model: Path, files: Sequence[Path], *, turns: int, seconds: float) -> list[dict[str, Any]]:
-    """Medians over the turns for the yardstick, the server and the naive endpoint, each under the same load."""
+def compare(
+    model: Path, services: Sequence[Service], files: Sequence[Path], *, turns: int, seconds: float
+) -> list[dict[str, Any]]:
+    """Medians over the turns for the yardstick and for each service, all under the same load."""
     measured: dict[str, list[dict[str, float]]] = {}
-    with lowssl_server(model) as server, naive_server(model) as naive:
-        for turn in range(turns + 1):
-            rows = {"in-process loop": yardstick(model, files, seconds if turn else 1)}
-            for service in (server, naive):
-                rows[service.name] = under_load(service, files, seconds if turn else 1)
-            if turn:  # the first is for warming up
-                for name, row in rows.items():
-                    measured.setdefault(name, []).append(row)
+    for turn in range(turns + 1):
+        rows = {"in-process loop": yardstick(model, files, seconds if turn else 1)}
+        for service in services:
+            rows[service.name] = under_load(service, files, seconds if turn else 1)
+        if turn:  # the first is for warming up
+            for name, row in rows.items():
+                measured.setdefault(name, []).append(row)
     medians = {
         name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in measured.items()
     }
@@ -136,22 +139,21 @@ def under_load(service: Service, files: Sequence[Path], seconds: float) -> dict[
     }
 
 
-def overload(model: Path, files: Sequence[Path], seconds: float) -> dict[str, Any]:
+def overload(server: Service, files: Sequence[Path], seconds: float) -> dict[str, Any]:
     """Requests at four times of what the server can answer: what it answers, and whether its memory stays flat."""
-    with lowssl_server(model) as server:
-        capacity = under_load(server, files, 5)["images_per_second"]
-        load(server, files, "--rate", str(OVERLOAD * capacity), "--seconds", "3")
-        memory, before = server.memory_mib, server.cpu_seconds
-        tally = load(server, files, "--rate", str(OVERLOAD * capacity), "--seconds", str(seconds))
-        return {
-            "capacity": capacity,
-            "asked_per_second": OVERLOAD * capacity,
-            "answered_per_second": tally["statuses"].get("200", 0) / tally["seconds"],
-            **tally,
-            "cpu_seconds": server.cpu_seconds - before,
-            "memory_mib_before": memory,
-            "memory_mib_after": server.memory_mib,
-        }
+    capacity = under_load(server, files, 5)["images_per_second"]
+    load(server, files, "--rate", str(OVERLOAD * capacity), "--seconds", "3")
+    memory, before = server.memory_mib, server.cpu_seconds
+    tally = load(server, files, "--rate", str(OVERLOAD * capacity), "--seconds", str(seconds))
+    return {
+        "capacity": capacity,
+        "asked_per_second": OVERLOAD * capacity,
+        "answered_per_second": tally["statuses"].get("200", 0) / tally["seconds"],
+        **tally,
+        "cpu_seconds": server.cpu_seconds - before,
+        "memory_mib_before": memory,
+        "memory_mib_after": server.memory_mib,
+    }
 
 
 def load(service: Service, files: Sequence[Path], *arguments: str) -> dict[str, Any]:

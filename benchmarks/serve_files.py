@@ -9,7 +9,8 @@ from lowssl_core.evaluation.timm_models import untrained
 from lowssl_core.export.exporting import export_encoder
 from lowssl_core.photos import PHOTOGRAPHS, read_photograph
 
-SIDES = [256, 640, 1280, 4032]
+# The first is what the models are compared on.
+SIDES = [640, 256, 1280, 4032]
 JPEG_QUALITY = 90
 
 

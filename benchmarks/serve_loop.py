@@ -11,7 +11,8 @@ from pathlib import Path
 
 import cv2
 
-from server.serving.decoding import decode_input
+from server.serving.decoding import Decoder
+from server.serving.limits import ServingLimits
 from server.serving.session import EncoderSession
 
 
@@ -22,11 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=8)
     options = parser.parse_args(argv)
     cv2.setNumThreads(0)
-    session = EncoderSession(options.model)
+    session, decoder = EncoderSession(options.model), Decoder(ServingLimits())
     bodies = [path.read_bytes() for path in options.files]
 
     def embed(body: bytes) -> None:
-        session.run(decode_input(body, session.preprocess)[None])
+        session.run(decoder.make_input(body, session.preprocess)[None])
 
     for body in bodies:
         embed(body)
