@@ -130,7 +130,8 @@ def to_int8(model: ModelProto, backbone: str, inputs: Pixels) -> ModelProto:
         return whole
     harm = {name: _spread(_features(_quantized(model, ranges, {name}), others) - reference) for name in layers}
     worst = sorted(layers, key=lambda name: -harm[name])
-    low, high = 1, max(1, int(len(layers) * _MOST_GIVEN_BACK))  # the fewest that are enough, or as many as may be
+    most = int(len(layers) * _MOST_GIVEN_BACK)
+    low, high = min(1, most), most  # the search ends at the fewest that are enough, or at as many as may be
     while low < high:
         middle = (low + high) // 2
         if centered_cosine(without(worst[:middle])) >= _TARGET:
