@@ -1,0 +1,121 @@
+"""The federation of a server: its SuperLink and the run that does what was ordered, both brought back when they die."""
+
+import contextlib
+import fcntl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from lowssl_core.errors import UserError
+from lowssl_core.files import write_atomically
+from lowssl_core.protocol.manifest import FloatArray, Manifest
+from server.federation import orders
+from server.federation.history import History
+from server.federation.plan import Plan
+from server.federation.superlink import SuperLink
+
+FOLDER = "LOWSSL_FEDERATION"
+"""Environment variable that tells the ServerApp the federation's folder."""
+
+_LOOK_SECONDS = 1.0
+_START_SECONDS = 60.0  # that a ServerApp may take from its order to its lock
+_FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 300.0
+
+
+def begin(folder: Path, manifest: Manifest, flat: FloatArray, plan: Plan) -> History:
+    """Start a federation from a model (size,), or change the plan of one that started from the same.
+
+    Raises:
+        UserError: the folder holds another federation.
+    """
+    history = History.begin(folder, manifest, flat)
+    write_atomically(folder / "plan.json", lambda file: file.write(plan.to_json().encode()))
+    return history
+
+
+class Federation:
+    """Keeps a federation going: a SuperLink, and a run of the ServerApp whenever there are rounds to do.
+
+    Flower fails a run when its SuperLink dies; here a new one goes on from the last completed round. Whether one runs
+    is told by a lock that the ServerApp holds, not by Flower.
+
+    Args:
+        folder: of the federation, `begin` has made it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.superlink = SuperLink(self.folder, environment={FOLDER: str(self.folder)})
+        self._is_stopping = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="federation", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the SuperLink, and go on with what was ordered. Raises UserError if it does not start."""
+        self.superlink.start()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop both; a round that is going on is done again after the next start."""
+        self._is_stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self.superlink.stop()
+
+    def _keep(self) -> None:
+        pause = _FIRST_PAUSE
+        while not self._is_stopping.wait(_LOOK_SECONDS):
+            if not self._is_due():
+                pause = _FIRST_PAUSE
+                continue
+            try:
+                self.superlink.wait()
+                self.superlink.start_run()
+            except UserError as error:
+                orders.tell(self.folder, {**orders.told(self.folder), "phase": f"cannot start: {error}"})
+            else:
+                self._wait_for_run()
+            if self._is_due():
+                self._is_stopping.wait(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _is_due(self) -> bool:
+        """Whether there are rounds to do that nobody does."""
+        if orders.is_stopped(self.folder) or is_running(self.folder):
+            return False
+        wanted = orders.ordered(self.folder)
+        return wanted > 0 and wanted > History(self.folder).last().record.version
+
+    def _wait_for_run(self) -> None:
+        end = time.monotonic() + _START_SECONDS
+        while time.monotonic() < end and not is_running(self.folder):
+            if self._is_stopping.wait(_LOOK_SECONDS):
+                return
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a ServerApp runs the federation."""
+    try:
+        with hold_lock(folder):
+            return False
+    except BlockingIOError:
+        return True
+
+
+@contextlib.contextmanager
+def hold_lock(folder: Path) -> Iterator[None]:
+    """Be the one that runs the federation; BlockingIOError if another is."""
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield

@@ -1,0 +1,417 @@
+"""Rounds over a Grid of our own: what devices do, in time, late, wrongly or not at all, and what the model becomes."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from federation_device import MANIFEST, AddingLearner
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+import client.flower
+from client.agent import SOCKET, Agent
+from lowssl_core.errors import UserError
+from lowssl_core.files import write_atomically
+from lowssl_core.protocol.codec import decode_flat, encode_flat
+from lowssl_core.protocol.manifest import FloatArray
+from lowssl_core.protocol.messages import Metrics, Task, Update, read_message, write_message
+from server.aggregation import AGGREGATORS
+from server.aggregation.means import FedAvgConfig, FedBuffConfig
+from server.aggregation.privacy import BudgetSpent, PrivateMeanConfig
+from server.aggregation.screening import ScreeningConfig
+from server.federation import orders
+from server.federation.federation import begin
+from server.federation.history import History
+from server.federation.plan import Plan, PrivacyConfig, RoundsConfig
+from server.federation.rounds import Rounds, Stopped
+from server.flower import GridLink, fingerprint, from_record, to_record
+
+START = np.linspace(0.5, 1.5, MANIFEST.size, dtype=np.float32)
+PLAIN = Plan(
+    rounds=RoundsConfig(seconds=20, down="fp32", up="fp32"), aggregator=FedAvgConfig(momentum=0.0), recipe={"steps": 1}
+)
+
+Behavior = Callable[[Task], bytes | None]
+
+
+class Device:
+    """A device in this process: adds a number to the parameters, unless `behave` does something else."""
+
+    def __init__(self, node: int, number: float, weight: float = 10.0) -> None:
+        key = ec.generate_private_key(ec.SECP384R1()).public_key()
+        self.public_key = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        self.id = fingerprint(self.public_key)
+        self.node, self.number, self.weight = node, number, weight
+        self.activated, self.is_online, self.is_held = "once", True, False
+        self.behave: Behavior = self.add
+        self.tasks: list[Task] = []
+
+    def add(self, task: Task, **changes: Any) -> bytes:
+        flat = decode_flat(task.payload, MANIFEST).copy()
+        flat[: MANIFEST.trained_size] = self.number
+        update = Update(
+            round=task.round,
+            base_version=task.version,
+            device=self.id,
+            update_id=f"{self.id}-{task.version}",
+            manifest=MANIFEST.hash,
+            weight=self.weight,
+            metrics=Metrics(steps=1),
+            payload=encode_flat(flat, MANIFEST, task.codec, share=task.share),
+        )
+        return write_message(replace(update, **changes))
+
+
+class LocalGrid(Grid):
+    """Flower's Grid without Flower's processes: a message is answered, once, when its reply is asked for."""
+
+    def __init__(self, devices: Sequence[Device]) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3  # what messages are made with
+        self.by_node = {device.node: device for device in devices}
+        self.open: dict[str, Message] = {}
+        self.sent = 0
+        self._lock = threading.Lock()
+
+    def get_nodes(self) -> list[Any]:
+        return [
+            SimpleNamespace(node_id=node, public_key=device.public_key, last_activated_at=device.activated)
+            for node, device in self.by_node.items()
+            if device.is_online
+        ]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            self.sent += 1
+            message.metadata.__dict__["_message_id"] = str(self.sent)
+            self.open[str(self.sent)] = message
+            ids.append(str(self.sent))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        with self._lock:
+            asked = [self.open[id_] for id_ in message_ids if id_ in self.open]
+            free = [message for message in asked if not self.by_node[message.metadata.dst_node_id].is_held]
+            for message in free:
+                del self.open[message.metadata.message_id]
+        answers = [self._answer(self.by_node[message.metadata.dst_node_id], message) for message in free]
+        return [answer for answer in answers if answer is not None]
+
+    def _answer(self, device: Device, message: Message) -> Message | None:
+        if not device.is_online:
+            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "node unavailable"), reply_to=message)
+        task = read_message(Task, from_record(message.content), max_payload=2**20)
+        device.tasks.append(task)
+        try:
+            data = device.behave(task)
+        except RuntimeError as error:
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
+        return None if data is None else Message(to_record(data), reply_to=message)
+
+    set_run = run = create_message = get_node_ids = send_and_receive = None  # type: ignore[assignment]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "federation"
+
+
+@contextmanager
+def rounds_of(folder: Path, devices: Sequence[Device], plan: Plan = PLAIN) -> Iterator[Rounds]:
+    """Rounds over a link of their own, as a new ServerApp has them."""
+    begin(folder, MANIFEST, START, plan)
+    with closing(GridLink(LocalGrid(devices))) as link:
+        yield Rounds(link, folder, Plan.from_json((folder / "plan.json").read_text()), pause_seconds=0.0)
+
+
+def run(folder: Path, devices: Sequence[Device], until: int, plan: Plan = PLAIN) -> History:
+    with rounds_of(folder, devices, plan) as rounds:
+        rounds.run(lambda: until)
+    return History(folder)
+
+
+def with_rounds(**changes: Any) -> Plan:
+    return replace(PLAIN, rounds=replace(PLAIN.rounds, **changes))
+
+
+def moved(history: History) -> FloatArray:
+    """How far each parameter of the last model is from the start."""
+    return history.last().flat[: MANIFEST.trained_size] - START[: MANIFEST.trained_size]
+
+
+def test_a_round_moves_the_model_by_the_weighted_mean_of_the_deltas(folder: Path) -> None:
+    history = run(folder, [Device(1, 0.1, weight=10), Device(2, 0.4, weight=30)], until=3)
+    np.testing.assert_allclose(moved(history), 3 * (0.1 * 10 + 0.4 * 30) / 40, rtol=1e-5)
+    np.testing.assert_allclose(history.last().flat[MANIFEST.means], START[MANIFEST.means], rtol=1e-5)
+    assert [record.version for record in history.records()] == [0, 1, 2, 3]
+    assert all(len(record.accepted) == 2 and not record.rejected for record in history.records()[1:])
+
+
+@pytest.mark.parametrize("name", [name for name in AGGREGATORS if name != "private_mean"])
+def test_every_aggregator_runs_rounds(folder: Path, name: str) -> None:
+    config = FedBuffConfig(buffer=4) if name == "fedbuff" else AGGREGATORS[name]()
+    history = run(folder, [Device(node, 0.1) for node in range(1, 6)], until=2, plan=replace(PLAIN, aggregator=config))
+    assert np.isfinite(history.last().flat).all()
+    assert (moved(history) > 0.15).all()
+
+
+def test_a_quorum_closes_a_round_and_the_straggler_counts_in_the_next_one(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.1), Device(3, 0.2)]
+    devices[2].is_held = True
+    with rounds_of(folder, devices, with_rounds(quorum=0.6)) as rounds:
+        first = rounds.run_round()
+        devices[2].is_held = False
+        time.sleep(0.6)
+        second = rounds.run_round()
+    assert first is not None
+    assert second is not None
+    assert [len(first.accepted), len(second.accepted)] == [2, 3]
+    (late,) = [row for row in second.accepted if row["device"] == devices[2].id]
+    assert late["staleness"] == 1
+    assert devices[2].id not in second.asked
+    discount = 1 / np.sqrt(2)
+    expected = 0.1 + (0.1 + 0.1 + 0.2 * discount) / (2 + discount)
+    np.testing.assert_allclose(moved(History(folder)), expected, rtol=1e-5)
+
+
+def test_a_straggler_beyond_the_age_limit_is_dropped_with_the_reason(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.1), Device(3, 0.4)]
+    devices[2].is_held = True
+    plan = replace(with_rounds(quorum=0.6), screening=ScreeningConfig(max_staleness=1))
+    with rounds_of(folder, devices, plan) as rounds:
+        rounds.run(lambda: 2)
+        devices[2].is_held = False
+        time.sleep(0.6)
+        rounds.run(lambda: 4)
+    reasons = [row["reason"] for record in History(folder).records() for row in record.rejected]
+    assert reasons == ["too old"]
+
+
+def test_a_round_that_too_few_answer_is_void_and_its_replies_count_when_sent_again(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.2)]
+    devices[1].is_held = True
+    with rounds_of(folder, devices, with_rounds(seconds=1.0, quorum=1.0)) as rounds:
+        assert rounds.run_round() is None
+        assert rounds.version == 0
+        assert orders.told(folder)["phase"] == "void"
+        devices[1].is_held = False
+        time.sleep(0.6)
+        rounds.run(lambda: 1)
+    assert len(History(folder).records()[1].accepted) == 2
+    np.testing.assert_allclose(moved(History(folder)), 0.15, rtol=1e-5)
+    assert len({write_message(task) for task in devices[0].tasks}) == 1, "the same round is asked with the same bytes"
+
+
+def nan_payload(device: Device, task: Task) -> bytes:
+    flat = np.full(MANIFEST.size, np.nan, dtype="<f4")
+    payload = b"\0" + np.float32(1).tobytes() + flat.tobytes()
+    return device.add(task, payload=payload)
+
+
+BAD: dict[str, Callable[[Device, Task], bytes]] = {
+    "message": lambda device, task: b"\xff" * 100,
+    "payload": nan_payload,
+    "weight": lambda device, task: device.add(task, weight=-5.0),
+    "sender": lambda device, task: device.add(task, device="someone-else"),
+    "manifest": lambda device, task: device.add(task, manifest="0" * 64),
+    "from the future": lambda device, task: device.add(task, base_version=task.version + 7),
+    "norm": lambda device, task: device.add(task, payload=encode_flat(START * 1e6, MANIFEST, "fp32")),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_bad_reply_is_recorded_with_its_reason_and_the_run_goes_on_without_it(folder: Path, reason: str) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.1), Device(3, 0.4)]
+    devices[2].behave = lambda task: BAD[reason](devices[2], task)
+    history = run(folder, devices, until=2)
+    assert [row["reason"] for row in history.records()[1].rejected] == [reason]
+    assert history.records()[1].rejected[0]["device"] == devices[2].id
+    np.testing.assert_allclose(moved(history), 0.2, rtol=1e-5)
+
+
+def test_a_device_in_quarantine_is_not_asked_until_a_person_releases_it(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.1), Device(3, 0.4)]
+    devices[2].behave = lambda task: b"nonsense"
+    history = run(folder, devices, until=5)
+    asked = [devices[2].id in record.asked for record in history.records()[1:]]
+    assert asked == [True, True, True, False, False]
+    assert list(orders.told(folder)["quarantine"]) == [devices[2].id]
+    devices[2].behave = devices[2].add
+    orders.release(folder, devices[2].id)
+    assert devices[2].id in [row["device"] for row in run(folder, devices, until=6).records()[6].accepted]
+
+
+def test_an_exception_on_a_device_is_recorded_and_the_round_goes_on(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.1), Device(3, 0.4)]
+
+    def fail(task: Task) -> bytes:
+        raise RuntimeError("waiting: battery at 12 %")
+
+    devices[2].behave = fail
+    (_, record) = run(folder, devices, until=1).records()
+    assert record.failed == {devices[2].id: "waiting: battery at 12 %"}
+    assert len(record.accepted) == 2
+
+
+def test_a_device_that_started_anew_is_asked_again_and_counts_once(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.3)]
+
+    def vanish(task: Task) -> bytes | None:
+        devices[1].activated = "twice"
+        devices[1].behave = devices[1].add
+        return None
+
+    devices[1].behave = vanish
+    history = run(folder, devices, until=1)
+    assert len(devices[1].tasks) == 2
+    np.testing.assert_allclose(moved(history), 0.2, rtol=1e-5)
+
+
+def test_an_update_that_arrives_twice_counts_once(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.3)]
+    devices[1].behave = lambda task: devices[1].add(replace(task, version=0))
+    np.testing.assert_allclose(moved(run(folder, devices, until=1)), 0.2, rtol=1e-5)
+    history = run(folder, devices, until=2, plan=with_rounds(seconds=1.0, min_devices=1))
+    assert [row["reason"] for row in history.records()[2].rejected] == ["repeated"]
+    np.testing.assert_allclose(moved(history), 0.2 + 0.1, rtol=1e-5)
+
+
+def test_rounds_go_on_from_the_last_whole_round_with_momentum_and_memory(tmp_path: Path) -> None:
+    plan = replace(PLAIN, aggregator=FedAvgConfig(momentum=0.9))
+    numbers = [0.01, 0.02, 0.03]
+    straight = run(tmp_path / "straight", [Device(node, number) for node, number in enumerate(numbers)], 4, plan)
+    devices = [Device(node, number) for node, number in enumerate(numbers)]
+    for until in (1, 2, 3, 4):
+        cut = run(tmp_path / "cut", devices, until, plan)
+    np.testing.assert_allclose(cut.last().flat, straight.last().flat, rtol=1e-6)
+
+
+@pytest.mark.parametrize("harm", ["no record", "cut record", "cut model", "other model"])
+def test_a_round_that_is_not_whole_has_not_happened(folder: Path, harm: str) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.1)]
+    history = run(folder, devices, until=2)
+    last = folder / "rounds" / "000002"
+    match harm:
+        case "no record":
+            (last / "round.json").unlink()
+        case "cut record":
+            (last / "round.json").write_text((last / "round.json").read_text()[:50])
+        case "cut model":
+            (last / "model.f32").write_bytes((last / "model.f32").read_bytes()[:-4])
+        case "other model":
+            (last / "model.f32").write_bytes(bytes((last / "model.f32").stat().st_size))
+    assert history.last().record.version == 1
+    assert history.records()[1].version == 1
+    np.testing.assert_allclose(moved(run(folder, devices, until=2)), 0.2, rtol=1e-5)
+
+
+def test_a_full_disk_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = []
+
+    def write(path: Path, content: Callable[[Any], object]) -> None:
+        attempts.append(path)
+        if len(attempts) < 3:
+            raise OSError(28, "No space left on device")
+        write_atomically(path, content)
+
+    devices = [Device(1, 0.1), Device(2, 0.1)]
+    with rounds_of(folder, devices) as rounds:
+        monkeypatch.setattr("server.federation.history.write_atomically", write)
+        monkeypatch.setattr("server.federation.rounds._FULL_DISK_SECONDS", 0.05)
+        assert rounds.run_round() is not None
+    np.testing.assert_allclose(moved(History(folder)), 0.1, rtol=1e-5)
+
+
+def test_a_run_that_is_asked_to_stop_stops_and_the_next_order_goes_on(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.1)]
+    devices[1].is_held = True
+    begin(folder, MANIFEST, START, PLAIN)
+    orders.order(folder, 2)
+    with rounds_of(folder, devices) as rounds:
+        threading.Timer(0.5, orders.stop, [folder]).start()
+        with pytest.raises(Stopped):
+            rounds.run(lambda: orders.ordered(folder))
+    assert orders.told(folder)["phase"] == "stopped"
+    devices[1].is_held = False
+    orders.order(folder, 1)
+    assert run(folder, devices, until=orders.ordered(folder)).last().record.version == 1
+
+
+def test_privacy_is_paid_before_devices_are_asked_and_the_budget_outlives_the_run(folder: Path) -> None:
+    plan = replace(
+        PLAIN,
+        rounds=replace(PLAIN.rounds, seconds=2.0),
+        aggregator=PrivateMeanConfig(clip=1.0, noise_multiplier=2.0, expected_replies=2.0),
+        screening=ScreeningConfig(max_staleness=0, comparison=None),
+        privacy=PrivacyConfig(sampling_rate=1.0, delta=1e-5, max_epsilon=4.0),
+    )
+    devices = [Device(1, 0.1), Device(2, 0.1)]
+    first = run(folder, devices, until=1, plan=plan)
+    with pytest.raises(BudgetSpent):
+        run(folder, devices, until=10, plan=plan)
+    spent = [record.epsilon for record in first.records()[1:]]
+    assert spent == sorted(spent)
+    assert 0 < spent[-1] <= 4.0
+    assert np.isfinite(History(folder).last().flat).all()
+
+
+def test_a_plan_comes_back_from_json_and_a_broken_one_is_refused() -> None:
+    assert Plan.from_json(PLAIN.to_json()) == PLAIN
+    for text in ("", "[]", "{}", PLAIN.to_json().replace('"quorum": 1.0', '"quorum": 3.0')):
+        with pytest.raises(UserError, match="plan cannot be read"):
+            Plan.from_json(text)
+
+
+def test_another_model_does_not_go_on_in_the_folder_of_a_federation(folder: Path) -> None:
+    begin(folder, MANIFEST, START, PLAIN)
+    begin(folder, MANIFEST, START, with_rounds(quorum=0.5))
+    with pytest.raises(UserError, match="holds another federation"):
+        begin(folder, MANIFEST, START + 1, PLAIN)
+    with pytest.raises(UserError, match="holds no federation"):
+        History(folder / "nowhere")
+
+
+def test_the_client_app_hands_tasks_to_the_agent_and_updates_or_reasons_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = LocalGrid([])
+    task = Task(
+        round=1,
+        run="run",
+        version=0,
+        manifest=MANIFEST.hash,
+        recipe={"steps": 1},
+        codec="fp32",
+        seconds=10.0,
+        payload=encode_flat(START, MANIFEST, "fp32"),
+    )
+    message = Message(to_record(write_message(task)), dst_node_id=1, message_type="train")
+    grid.push_messages([message])
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    monkeypatch.setenv(client.flower.SOCKET, str(tmp_path / SOCKET))
+    away = client.flower.app(message, context)
+    assert (away.error.code, "no agent listens" in away.error.reason) == (ErrorCode.CLIENT_APP_CRASHED, True)
+    with Agent(lambda: AddingLearner(tmp_path, "a", 0.5), tmp_path) as agent:
+        thread = threading.Thread(target=agent.run)
+        thread.start()
+        try:
+            update = read_message(Update, from_record(client.flower.app(message, context).content), max_payload=2**20)
+            bad = Message(to_record(b"nonsense"), dst_node_id=1, message_type="train")
+            grid.push_messages([bad])
+            refused = client.flower.app(bad, context)
+        finally:
+            agent.close()
+            thread.join()
+    np.testing.assert_allclose(decode_flat(update.payload, MANIFEST)[:2000], 0.5, rtol=1e-5)
+    assert refused.error.reason.startswith("message: ")
