@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("lowssl", "torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow", "scikit-image")
+_PACKAGES = (
+    "lowssl",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "opencv-python-headless",
+    "pillow",
+    "scikit-image",
+    "onnxruntime",
+)
 
 
 def machine_report() -> dict[str, Any]:

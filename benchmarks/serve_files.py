@@ -7,7 +7,7 @@ from PIL import Image
 
 from lowssl_core.evaluation.timm_models import untrained
 from lowssl_core.export.exporting import export_encoder
-from lowssl_core.photos import PHOTOGRAPHS, read_photograph
+from lowssl_core.photos import PHOTOGRAPHS, open_photos, read_photograph
 
 # The first is what the models are compared on.
 SIDES = [640, 256, 1280, 4032]
@@ -34,13 +34,14 @@ def write_photographs(folder: Path, side: int) -> list[Path]:
 def export_models(folder: Path, backbones: Sequence[str], precisions: Sequence[str]) -> dict[str, Path]:
     """Each backbone at 224 px in each precision, with the weights it starts from: speed does not ask what they are."""
     folder.mkdir(parents=True)
-    photographs = [read_photograph(photograph) for photograph in PHOTOGRAPHS]
+    tiles = open_photos(split="train")
+    calibration = [tiles.read(index) for index in range(0, len(tiles), 7)]
     paths = {}
     for name in backbones:
         encoder = untrained(name)
         for precision in precisions:
             path = folder / f"{name}-{precision}.onnx"
             # Forced: random weights are no measure of what int8 loses.
-            export_encoder(encoder, path, precision=precision, calibration=photographs, force=True)  # type: ignore[arg-type]
+            export_encoder(encoder, path, precision=precision, calibration=calibration, force=True)  # type: ignore[arg-type]
             paths[f"{name} {precision}"] = path
     return paths
