@@ -25,7 +25,7 @@ _ERRORS = {
     400: ("Not of the shape that this route takes", "model must be a text: 'lowssl' or a version's name"),
     401: ("No API key where one is needed, or one that is not known", "this API key is not known, or was revoked"),
     403: ("The key's role is not enough", "this takes a key of the role operate; this key's is embed"),
-    404: ("No such version", "there is no version v9: the registry has v1 to v3"),
+    404: ("No such version or device", "there is no version v9: the registry has v1 to v3"),
     406: ("None of the types in Accept can be had", "Accept text/html; there are application/json, ..."),
     408: ("The body was not sent in time", "the body was not sent within 10 s"),
     409: ("Not possible now", "v3 serves already"),
@@ -80,6 +80,7 @@ def _route(
     problems: tuple[int, ...],
     body: Schema | None = None,
     headers: Schema | None = None,
+    parameters: list[Schema] | None = None,
     description: str = "The answer",
 ) -> dict[str, Any]:
     """What `APIRouter.get` and `.post` take to describe a route; that it asks for the role is the route's business."""
@@ -92,6 +93,8 @@ def _route(
     extra: Schema = {} if role is None else {"x-role": role, "security": _KEYS}
     if body is not None:
         extra["requestBody"] = {"required": True, "content": body}
+    if parameters is not None:
+        extra["parameters"] = parameters
     return route | {"openapi_extra": extra}
 
 
@@ -123,9 +126,30 @@ _EMBEDDINGS_EXAMPLE = {
     ],
 }
 
+
+def _parameter(name: str, schema: Schema, description: str) -> Schema:
+    return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
+
+
+# Of the route that is called most: FastAPI's own reading of parameters would cost a third of what HTTP does.
+_EMBED_PARAMETERS = [
+    _parameter("version", {"type": "string"}, "A version of the encoder, such as v3; without it the one that serves."),
+    _parameter(
+        "normalize",
+        {"type": "boolean", "default": True},
+        "Embeddings of length 1, or the encoder's features as they are.",
+    ),
+    _parameter(
+        "encoding",
+        {"type": "string", "enum": ["float", "base64"], "default": "float"},
+        "In JSON: lists of numbers, or base64 of little-endian float32, which is smaller.",
+    ),
+]
+
 EMBED = _route(
     "Embed images",
     body=_IMAGE_BODIES,
+    parameters=_EMBED_PARAMETERS,
     answer={
         **_content("application/json", ref("Embeddings"), {"one of two": _EMBEDDINGS_EXAMPLE}),
         "application/x-npy": {
@@ -189,6 +213,66 @@ ROLLBACK = _route(
     problems=_CHANGING,
     description="This version serves again",
 )
+JOIN = _route(
+    "Let a device join",
+    role=None,
+    body=_content("application/json", ref("JoinRequest")),
+    answer=_content("application/json", ref("Joined")),
+    problems=(401, 408, 413, 415, 422, 500, 503),
+    description="It has joined",
+)
+JOIN["responses"][201] = JOIN["responses"].pop(200)
+JOIN["responses"][409] = {
+    "description": "This key has joined before, which is as good",
+    "content": _content("application/json", ref("Joined")),
+}
+JOIN["status_code"] = 201
+NEWS = _route(
+    "Hear how many new images a device has",
+    role=None,
+    body=_content("application/json", ref("NewsRequest")),
+    answer=_content("application/json", ref("Heard")),
+    problems=(401, 408, 413, 415, 422, 500, 503),
+)
+FEDERATION = _route(
+    "How the federation stands",
+    role="operate",
+    answer=_content("application/json", ref("FederationStatus")),
+    problems=(*_READING, 503),
+)
+DEVICES = _route(
+    "List the devices",
+    role="operate",
+    answer=_content("application/json", ref("Devices")),
+    problems=(*_READING, 503),
+)
+HISTORY = _route(
+    "List the last rounds",
+    role="operate",
+    answer=_content("application/json", ref("Rounds")),
+    problems=(*_READING, 503),
+)
+ORDER = _route(
+    "Order rounds",
+    role="operate",
+    body=_content("application/json", ref("OrderRequest"), {"two": {"rounds": 2}}),
+    answer=_content("application/json", ref("FederationStatus")),
+    problems=_CHANGING,
+)
+STOP = _route(
+    "Stop ordering, and the round under way",
+    role="operate",
+    body=_content("application/json", ref("Nothing")),
+    answer=_content("application/json", ref("FederationStatus")),
+    problems=_CHANGING,
+)
+RELEASE = _route(
+    "Take a device out of quarantine, with the next round",
+    role="operate",
+    body=_content("application/json", ref("Nothing")),
+    answer=_content("application/json", ref("Released")),
+    problems=(*_CHANGING, 404),
+)
 HEALTHZ = _route(
     "Is the process alive?", role=None, answer=_content("application/json", ref("Health")), problems=(500,)
 )
@@ -227,5 +311,6 @@ def routes_table(description: Schema) -> str:
 _TAGS = [
     {"name": "embeddings", "description": "Images in, vectors out."},
     {"name": "models", "description": "Versions of the encoder, and which one serves."},
+    {"name": "federation", "description": "Devices that train the encoder on, where the federation is on."},
     {"name": "operation", "description": "Health, figures, limits."},
 ]

@@ -3,6 +3,7 @@
 import asyncio
 import shlex
 from dataclasses import dataclass
+from functools import cached_property
 
 from fastapi import Request
 from structlog.typing import FilteringBoundLogger
@@ -37,15 +38,20 @@ class Service:
         assert isinstance(service, Service)
         return service
 
+    @cached_property
+    def needs_keys(self) -> bool:
+        """Whether calls need an API key; looked up once, for every request asks."""
+        return self.settings.needs_keys
+
     @property
     def how_to_import(self) -> str:
         """The command that puts an encoder into the registry; folders are named to callers of this machine only."""
-        return import_command("DATA_DIR" if self.settings.needs_keys else self.settings.data_dir)
+        return import_command("DATA_DIR" if self.needs_keys else self.settings.data_dir)
 
     @property
     def how_to_promote(self) -> str:
         """The command that lets it serve."""
-        return promote_command("DATA_DIR" if self.settings.needs_keys else self.settings.data_dir)
+        return promote_command("DATA_DIR" if self.needs_keys else self.settings.data_dir)
 
 
 def import_command(folder: object) -> str:
