@@ -16,17 +16,20 @@ setup: .venv/installed  ## Make .venv with everything, at the tested versions
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup  ## Pre-train a tiny backbone on photographs and judge it (about five minutes on two cores)
+demo: setup  ## Pre-train a tiny backbone on photographs, judge and serve it (about five minutes on two cores)
 	$(BIN)/lowssl demo --out demo
 
 test: setup  ## Run the tests
 	$(BIN)/python -m pytest
 
-check: setup  ## Check format, lint, types and the direction of imports
+check: setup  ## Check format, lint, types, the direction of imports, and deploy/
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint deploy/Dockerfile
+	$(BIN)/shellcheck deploy/*.sh deploy/slurm.sbatch
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 
 clean:  ## Remove .venv and what the demo made
 	rm -rf .venv demo
