@@ -1,6 +1,7 @@
 """The agent: owns what learns on a device, answers tasks over its socket, and loses nothing when the power goes."""
 
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -10,13 +11,16 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from client.channel import Frame, Listener
+from client.folder import PAUSED, SOCKET, TALLY
+from client.tally import Tally
 from lowssl_core.files import write_atomically
 from lowssl_core.protocol import BadUpdate
 from lowssl_core.protocol.messages import Task, Update, read_message, write_message
 
-SOCKET = "agent.sock"
-_PAUSED = "paused"
+_STOPPED = "the agent was stopped"
 _LOOK_SECONDS = 1.0  # between two looks at what the work waits for
+_TELL_SECONDS = 30.0  # between two lines of the log about the same round
+_LOG = logging.getLogger(__name__)
 _MAX_PAYLOAD = 2**33
 _KEPT_REPLIES = 3
 
@@ -62,6 +66,9 @@ class Agent:
             after an OSError (a full disk): what a learner holds is then not what is on disk.
         folder: of the agent's state: the socket, the last replies, and whether it is paused.
         waiting: why work must wait now, in words; nothing if it may go on. Asked between two steps.
+        at_leisure: small work, done by the thread that calls `run` while there is no task, now and then.
+        leisure_seconds: how often.
+        about: what else its status tells. Called from another thread.
     """
 
     def __init__(
@@ -70,11 +77,16 @@ class Agent:
         folder: Path,
         *,
         waiting: Callable[[], Sequence[str]] = lambda: (),
+        at_leisure: Callable[[], object] = lambda: None,
+        leisure_seconds: float = 60.0,
+        about: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self._open_learner, self._waiting = open_learner, waiting
+        self._at_leisure, self._leisure_seconds, self._about = at_leisure, leisure_seconds, about
         self._learner: Learner | None = open_learner()
-        self._replies, self._paused = folder / "replies", folder / "paused"
+        self._replies, self._paused = folder / "replies", folder / PAUSED
         self._replies.mkdir(parents=True, exist_ok=True)
+        self._tally = Tally(folder / TALLY)
         self._changed = threading.Condition()
         self._work: _Work | None = None
         self._reasons: list[str] = []
@@ -100,12 +112,15 @@ class Agent:
         """Work on tasks as they come, until `close`."""
         while True:
             with self._changed:
-                while self._work is None and not self._is_closed:
-                    self._changed.wait()
+                if self._work is None and not self._is_closed:
+                    self._changed.wait(self._leisure_seconds)
                 work = self._work
-                if self._is_closed or work is None:
-                    self._finish(work, failure="the agent was stopped")
+                if self._is_closed:
+                    self._finish(work, failure=_STOPPED)
                     return
+            if work is None:
+                self._take_leisure()
+                continue
             try:
                 update = self._train(work)
             except _Ended as end:
@@ -120,16 +135,31 @@ class Agent:
             else:
                 self._finish(work, reply=update)
 
+    def _take_leisure(self) -> None:
+        try:
+            if not self._waiting():
+                self._at_leisure()
+        except (OSError, ValueError) as error:
+            _LOG.warning("%s", error)
+
     def _train(self, work: _Work) -> bytes:
+        _LOG.info("round %d: begun", work.task.round)
         learner = self._learner = self._learner or self._open_learner()
         steps = learner.learn(work.task)
+        told = time.monotonic()
         try:
             while True:
                 self._wait_until_allowed(work)
                 try:
                     next(steps)
                 except StopIteration as stop:
-                    return self._keep(work.key, write_message(stop.value))
+                    return self._keep(work.key, stop.value)
+                if time.monotonic() - told > _TELL_SECONDS:
+                    told = time.monotonic()
+                    status = learner.status()
+                    _LOG.info(
+                        "round %d: step %s of %s", work.task.round, *map(status.get, ("round_step", "round_steps"))
+                    )
         finally:
             steps.close()
 
@@ -143,24 +173,38 @@ class Agent:
             if work.is_superseded:
                 raise _Ended(f"round {work.task.round} was given up for a newer one")
             if self._is_closed:
-                raise _Ended("the agent was stopped")
-            self._reasons = [*([_PAUSED] if self._paused.exists() else []), *self._waiting()]
-            if not self._reasons:
+                raise _Ended(_STOPPED)
+            reasons = self._why()
+            if reasons != self._reasons:
+                _LOG.info("round %d: %s", work.task.round, f"waits: {', '.join(reasons)}" if reasons else "goes on")
+            self._reasons = reasons
+            if not reasons:
                 return
             if time.monotonic() > work.deadline:
                 raise _Ended(f"waiting: {', '.join(self._reasons)}")
             with self._changed:
                 self._changed.wait(_LOOK_SECONDS)
 
-    def _keep(self, key: str, reply: bytes) -> bytes:
+    def _why(self) -> list[str]:
+        """Why work waits."""
+        return [*(["paused"] if self._paused.exists() else []), *self._waiting()]
+
+    def _keep(self, key: str, update: Update) -> bytes:
         """Put a reply on disk, and drop the oldest ones."""
+        reply = write_message(update)
+        self._tally.answer(key, update)
         write_atomically(self._replies / key, lambda file: file.write(reply))
         kept = sorted(self._replies.glob("[0-9a-f]*"), key=lambda path: path.stat().st_mtime_ns)
         for path in kept[:-_KEPT_REPLIES]:
             path.unlink()
+        _LOG.info("round %d: answered after %d steps", update.round, update.metrics.steps)
         return reply
 
     def _finish(self, work: _Work | None, *, reply: bytes | None = None, failure: str = "") -> None:
+        if failure and work is not None:
+            _LOG.warning("round %d: not answered: %s", work.task.round, failure)
+            if failure != _STOPPED:
+                self._tally.refuse(work.task.round, failure)
         with self._changed:
             if work is not None:
                 work.reply, work.failure = reply, failure
@@ -212,7 +256,7 @@ class Agent:
                 self._changed.notify_all()
                 self._changed.wait(_LOOK_SECONDS)
             if self._is_closed:
-                return "the agent was stopped"
+                return _STOPPED
             if work is None:
                 work = self._work = _Work(key, task, time.monotonic() + task.seconds)
                 self._changed.notify_all()
@@ -224,10 +268,11 @@ class Agent:
             "stage": "idle" if work is None else "training",
             "round": None if work is None else work.task.round,
             "paused": self._paused.exists(),
-            "waiting": self._reasons or [*([_PAUSED] if self._paused.exists() else []), *self._waiting()],
+            "waiting": self._reasons or self._why(),
+            "rounds": self._tally.as_dict(),
         }
         learner = self._learner
-        return status | {"learner": {} if learner is None else learner.status()}
+        return status | self._about() | {"learner": {} if learner is None else learner.status()}
 
 
 class _Ended(Exception):  # noqa: N818 - what happened

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from client.contents import BAD, LEARNED, NEW, Counts, count_arrivals, list_set_aside
 from client.database import Transaction, open_database
+from client.folder import ARRIVALS
 from client.walking import Bits, File, hash_file, walk
 from lowssl_core.errors import UserError
 from lowssl_core.images import BadImage, ImageLimits, decode, read_size
@@ -23,7 +25,6 @@ CREATE TABLE IF NOT EXISTS files (id INTEGER PRIMARY KEY, path BLOB NOT NULL UNI
     modified INTEGER NOT NULL, content INTEGER REFERENCES contents (id), reason TEXT NOT NULL DEFAULT '');
 CREATE INDEX IF NOT EXISTS files_by_content ON files (content)
 """
-_NEW, _LEARNED, _BAD = range(3)
 # Files between two commits: what a kill makes the next scan examine again.
 _FILES_PER_COMMIT = 64
 # A time that no file has: one that could not be read is opened again by the next scan, as rights change without it.
@@ -72,16 +73,6 @@ class ScanReport:
     vanished: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """All that is known of a folder: `new` and `learned` images, images or files `set_aside`, and `files`."""
-
-    new: int
-    learned: int
-    set_aside: int
-    files: int
-
-
 class _Known(NamedTuple):
     """A row of the files: its number, and the size in bytes and time in ns at which it was examined."""
 
@@ -120,7 +111,7 @@ class Arrivals:
         self.folder = folder
         self.config = config or ArrivalsConfig()
         self._limits = limits or ImageLimits()
-        self._database = open_database(state_dir / "arrivals.sqlite3", _SCHEMA, version=_VERSION)
+        self._database = open_database(state_dir / ARRIVALS, _SCHEMA, version=_VERSION)
         self._settling: dict[str, tuple[File, float]] = {}
 
     def __enter__(self) -> Self:
@@ -177,7 +168,7 @@ class Arrivals:
         rows = self._database.execute(
             "SELECT key FROM contents WHERE state = ? AND EXISTS (SELECT 1 FROM files WHERE content = contents.id)"
             " ORDER BY id LIMIT ?",
-            (_NEW, limit),
+            (NEW, limit),
         )
         return [key.hex() for (key,) in rows]
 
@@ -201,37 +192,23 @@ class Arrivals:
         with Transaction(self._database):
             self._database.executemany(
                 "UPDATE contents SET state = ? WHERE key = ? AND state = ?",
-                ((_LEARNED, bytes.fromhex(key), _NEW) for key in keys),
+                ((LEARNED, bytes.fromhex(key), NEW) for key in keys),
             )
 
     def put_aside(self, key: str, reason: str) -> None:
         """Never offer an image again, and say why."""
         with Transaction(self._database):
             self._database.execute(
-                "UPDATE contents SET state = ?, reason = ? WHERE key = ?", (_BAD, reason, bytes.fromhex(key))
+                "UPDATE contents SET state = ?, reason = ? WHERE key = ?", (BAD, reason, bytes.fromhex(key))
             )
 
     def set_aside(self, limit: int = 100) -> dict[str, str]:
         """At most `limit` files that cannot be used, by path in the folder, the last found first, and why."""
-        rows = self._database.execute(
-            "SELECT path, CASE WHEN files.reason = '' THEN contents.reason ELSE files.reason END FROM files"
-            " LEFT JOIN contents ON contents.id = content WHERE files.reason != '' OR state = ?"
-            " ORDER BY files.id DESC LIMIT ?",
-            (_BAD, limit),
-        )
-        return {os.fsdecode(path): reason for path, reason in rows}
+        return list_set_aside(self._database, limit)
 
     def counts(self) -> Counts:
         """How many images and files of each kind are known."""
-        by_state = dict(self._database.execute("SELECT state, count(*) FROM contents GROUP BY state"))
-        ((unread,),) = self._database.execute("SELECT count(*) FROM files WHERE reason != ''")
-        ((files,),) = self._database.execute("SELECT count(*) FROM files")
-        return Counts(
-            new=by_state.get(_NEW, 0),
-            learned=by_state.get(_LEARNED, 0),
-            set_aside=by_state.get(_BAD, 0) + unread,
-            files=files,
-        )
+        return count_arrivals(self._database)
 
     def _known(self, path: str) -> _Known | None:
         row = self._database.execute(
@@ -300,9 +277,9 @@ class Arrivals:
         key = hash_file(self.folder / file.path)
         known = self._database.execute("SELECT id, state FROM contents WHERE key = ?", (key,)).fetchone()
         if known is not None:
-            return known[0], "set_aside" if known[1] == _BAD else "duplicates"
+            return known[0], "set_aside" if known[1] == BAD else "duplicates"
         reason = self._defect((self.folder / file.path).read_bytes())
-        state = _BAD if reason else _NEW
+        state = BAD if reason else NEW
         ((row,),) = self._database.execute(
             "INSERT INTO contents (key, state, reason) VALUES (?, ?, ?) RETURNING id", (key, state, reason)
         ).fetchall()

@@ -113,12 +113,16 @@ class Listener:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            except RuntimeError:  # no memory for a thread; whoever asked may ask again
+                connection.close()
 
     def _serve(self, connection: socket.socket) -> None:
         with contextlib.closing(connection):
             connection.settimeout(self._seconds)
-            with contextlib.suppress(OSError):  # whoever asked has left, or speaks another language
+            # Whoever asked has left, speaks another language, or sends more than there is memory for.
+            with contextlib.suppress(OSError, MemoryError):
                 write_frame(connection, self._answer(read_frame(connection)))
 
 

@@ -70,8 +70,8 @@ def pin_server(folder: Path, host: str, port: int, *, fingerprint: str | None = 
         seconds: how long it may take.
 
     Raises:
-        UserError: the server cannot be reached, shows another certificate than `fingerprint` or than the one that was
-            pinned before, or one that it did not sign itself.
+        UserError: the server cannot be reached, shows another certificate than `fingerprint` or, where none is given,
+            than the one that was pinned before, or one that it did not sign itself.
     """
     try:
         with socket.create_connection((host, port), timeout=seconds) as connection:
@@ -87,11 +87,19 @@ def pin_server(folder: Path, host: str, port: int, *, fingerprint: str | None = 
         raise UserError(f"{host}:{port} shows the certificate {found}, not {fingerprint}: this is another server")
     text = ssl.DER_cert_to_PEM_cert(certificate)
     path = folder / PINNED
-    if path.exists() and path.read_text() != text:
-        raise UserError(f"{host}:{port} shows another certificate than before; if it was renewed, remove {path}")
+    if fingerprint is None and path.exists() and path.read_text() != text:
+        raise UserError(
+            f"{host}:{port} shows the certificate {found}, not the one it showed before,"
+            f" {fingerprint_of(path)}; if its operator confirms that, join again with --fingerprint {found}"
+        )
     _check_anchor(certificate, f"{host}:{port}")
     write_atomically(path, lambda file: file.write(text.encode()))
     return path
+
+
+def fingerprint_of(path: Path) -> str:
+    """Sha256 of a certificate's file, 64 hexadecimal digits."""
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(path.read_text())).hexdigest()
 
 
 def _check_anchor(certificate: bytes, server: str) -> None:

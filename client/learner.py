@@ -12,6 +12,7 @@ from client.arrivals import Arrivals
 from client.blending import blend
 from client.continual import Continual
 from client.drift import Drift
+from client.folder import MEMORY
 from client.intake import Intake
 from client.learner_config import LearnerConfig
 from client.learner_state import LearnerState
@@ -33,7 +34,6 @@ from lowssl_core.views import Views, normalize
 
 FORMAT = "lowssl-learner-1"
 STATE = "learner.safetensors"
-MEMORY = "memory/memory.sqlite3"
 
 # A stream of images has no end that a schedule could aim at. So far away, every cosine stays at its beginning: the
 # learning rate is constant after its warm-up, as it must be to follow what changes, and so are weight decay and DINO's

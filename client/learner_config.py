@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from client.blending import TAU
 from client.continual import ContinualConfig
 from client.drift import DriftConfig
 from client.memory import MemoryConfig
@@ -18,7 +17,9 @@ class LearnerConfig:
         memory: the replay memory.
         continual: what is added to the recipe's method.
         drift: when new images are called different.
-        tau: the share of its own weights that a device keeps at its first blend with a global model.
+        tau: the share of its own weights that a device keeps at its first blend with a global model; 0 takes models as
+            they are. With FedEMA's .7 honest devices' updates point away from each other, and screening by their
+            direction (`min_cosine`) must be off.
         steps_per_epoch: what the recipe's epochs (warm-up, frozen last layer, teacher temperature) mean here.
         save_every_steps: how much a power cut may cost.
         refresh_images: how many features of the memory a round takes anew at most.
@@ -28,7 +29,7 @@ class LearnerConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     continual: ContinualConfig = field(default_factory=ContinualConfig)
     drift: DriftConfig = field(default_factory=DriftConfig)
-    tau: float = TAU
+    tau: float = 0.0
     steps_per_epoch: int = 100
     save_every_steps: int = 50
     refresh_images: int = 1000

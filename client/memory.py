@@ -213,7 +213,8 @@ class ReplayMemory:
         Args:
             embed: the encoder as it is now.
             now: its step, by which waiting is counted; features of this step are not taken again.
-            limit: how many; features of another width than `width` (of another backbone) are all taken anew.
+            limit: how many for this step, calls before included; features of another width than `width` (of another
+                backbone) are all taken anew.
             width: of the features.
 
         Raises:
@@ -221,9 +222,15 @@ class ReplayMemory:
         """
         foreign, waiting = "length(vector) != ?", "refreshed < ?"
         ((strangers,),) = self._database.execute(f"SELECT count(*) FROM features WHERE {foreign}", (2 * width,))
+        # Begun again after a kill, it goes on: with new limits, other features than without the kill would be anew.
+        ((done,),) = self._database.execute(
+            "SELECT count(*) FROM features JOIN images USING (id)"
+            f" WHERE refreshed = ? AND staged = 0 AND NOT ({foreign})",
+            (now, 2 * width),
+        )
         rows = self._database.execute(
             f"SELECT id FROM features WHERE {foreign} OR {waiting} ORDER BY {foreign} DESC, refreshed, id LIMIT ?",
-            (2 * width, now, 2 * width, max(limit, strangers)),
+            (2 * width, now, 2 * width, max(limit - done, strangers, 0)),
         ).fetchall()
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             some = [row for (row,) in rows[start : start + _ROWS_AT_ONCE]]

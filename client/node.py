@@ -1,16 +1,22 @@
 """Flower's SuperNode: kept running beside the agent, its files below the device's folder, ended with it."""
 
 import os
+import re
 import socket
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from client.agent import SOCKET as SOCKET_NAME
+from client.folder import SOCKET as SOCKET_NAME
 from client.identity import Identity
 from lowssl_core.processes import KeptProcess, programs_path
 
 _HOST = "127.0.0.1"
+# What flower-supernode writes when it starts, and when the server has let it in.
+_BEGINS, _CONNECTED = "Starting Flower SuperNode", "SuperNode ID:"
+_LAST_LINES = 500
+_FAILURE = re.compile(r"\bfailed\b|ERROR|WARN", re.IGNORECASE)
+_COLOR, _LEVEL = re.compile(r"\x1b\[[0-9;]*m"), re.compile(r"^(ERROR|WARNING)\s*:\s*")
 _AGENT = "LOWSSL_AGENT"  # as in client.flower, which imports Flower
 
 
@@ -63,6 +69,15 @@ class Node:
     def start(self) -> None:
         """Begin to connect, and stay connected. Raises UserError if Flower is not installed."""
         self.process.start()
+
+    def trouble(self) -> str:
+        """Why the device is not connected, by what Flower said last; "" if it is."""
+        said = _COLOR.sub("", self.process.tail(_LAST_LINES)).rpartition(_BEGINS)[2].splitlines()
+        is_running = self.process.pid is not None
+        if is_running and (len(said) >= _LAST_LINES or any(_CONNECTED in line for line in said)):
+            return ""
+        failures = [line for line in said if _FAILURE.search(line)]
+        return f"not connected: {_LEVEL.sub('', failures[-1]).strip()}" if failures else "not connected yet"
 
     def stop(self) -> None:
         """End the connection and everything that serves it."""

@@ -26,7 +26,8 @@ class TaskLearner:
     The learner is opened with the first task, whose recipe says what is trained.
 
     Args:
-        open_learner: opens the device's learner for a recipe; called again after a disk was full.
+        open_learner: opens the device's learner for a recipe; called again after a disk or
+            the memory was full.
         device: the device's id.
         folder: for `residual.safetensors`, what the updates' codec has lost so far.
     """
@@ -58,13 +59,13 @@ class TaskLearner:
             outcome = yield from train_round(learner, asked, decode_flat(task.payload, learner.manifest))
         except TrainingDivergedError as error:
             raise BadUpdate(f"round {task.round}: {error}") from None
-        except OSError:
+        except (OSError, MemoryError, RuntimeError):  # a full disk, or PyTorch without memory in the middle of a step
             self.close()  # what it holds in memory is not what is on disk
             raise
-        if not outcome.steps:
-            raise BadUpdate(f"round {task.round}: there is nothing to learn from yet: no image, new or remembered")
         if learner.state.starts_over:
             raise BadUpdate(f"round {task.round}: it was abandoned, as training diverged")
+        if not outcome.steps:
+            raise BadUpdate(f"round {task.round}: there is nothing to learn from yet: no image, new or remembered")
         return self._update(learner, task, outcome)
 
     def status(self) -> dict[str, Any]:

@@ -217,11 +217,9 @@ def _value(kind: Any, value: Any, path: str) -> object:
     """`value` as the type `kind`, or an error that names `path` and what is accepted."""
     if kind == MethodConfig:
         return _method(value, path)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise UserError(f"recipe: {path} is {value!r}; it is a table")
-        return _build(kind, value, f"{path}.")
     for accepted in _alternatives(kind):
+        if dataclasses.is_dataclass(accepted) and isinstance(value, Mapping):
+            return _build(accepted, value, f"{path}.")
         matches, converted = _match(accepted, value)
         if matches:
             return converted
@@ -261,6 +259,8 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 def _describe(kind: Any) -> str:
     if len(alternatives := _alternatives(kind)) > 1:
         return " or ".join(_describe(each) for each in alternatives if each is not types.NoneType)
+    if dataclasses.is_dataclass(kind):
+        return "a table"
     if typing.get_origin(kind) is Literal:
         names = [f'"{value}"' for value in typing.get_args(kind)]
         return names[0] if len(names) == 1 else f"one of {', '.join(names)}"

@@ -70,8 +70,9 @@ def create_app(settings: Settings, *, announce: Callable[[Service], None] = lamb
         try:
             await engine.start()
             metrics.watch(lambda: engine.status)
-            announce(service)
-            yield
+            async with _federating(app, service):
+                announce(service)
+                yield
         finally:
             await engine.close()
             await keys.close()
@@ -90,6 +91,11 @@ def create_app(settings: Settings, *, announce: Callable[[Service], None] = lamb
     install_problem_handlers(app)
     for part in (embed, similarity, openai, models, health, pages):
         app.include_router(part.router)
+    if settings.federation:
+        from server.api import federation  # what it takes is not needed elsewhere
+
+        app.include_router(federation.router)
+        app.router.routes.append(federation.fleet)
     pages.mount_static_files(app)
     if settings.cors_origins:
         app.add_middleware(
@@ -101,6 +107,22 @@ def create_app(settings: Settings, *, announce: Callable[[Service], None] = lamb
         )
     app.add_middleware(Telemetry, metrics=metrics, log=log, fault=fault_response, max_body_bytes=limits.max_body_bytes)
     return app
+
+
+@asynccontextmanager
+async def _federating(app: FastAPI, service: Service) -> AsyncIterator[None]:
+    """The federation, where it is on."""
+    if not service.settings.federation:
+        yield
+        return
+    from server.api.federating import Federating
+
+    app.state.federating = federating = await asyncio.to_thread(Federating, service)
+    await federating.start()
+    try:
+        yield
+    finally:
+        await federating.close()
 
 
 class ServedVersions:

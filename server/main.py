@@ -7,11 +7,13 @@ import json
 import math
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
@@ -19,6 +21,7 @@ import uvicorn
 from lowssl_core import __version__
 from lowssl_core.command_line import run_for_user
 from lowssl_core.errors import UserError
+from lowssl_core.processes import programs_path
 from server.access.keys import list_keys
 from server.api.children import child_environment, last_line, registry_command
 from server.api.protocol import BoundedProtocol
@@ -50,23 +53,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", help="address to listen at (default 127.0.0.1; any other needs API keys)")
     parser.add_argument("--port", type=int, help="port to listen at (default 8080; 0 takes a free one)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings (TOML)")
+    parser.add_argument(
+        "--federation",
+        action="store_true",
+        default=None,
+        help="let devices join and train the encoder on; the port then speaks TLS",
+    )
     parser.add_argument("--demo", action="store_true", help=f"serve the encoder that `make demo` made ({DEMO_ENCODER})")
     parser.add_argument("--version", action="version", version=f"lowssl-server {__version__}")
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    flags = {name: getattr(arguments, name) for name in ("data_dir", "host", "port")}
+    flags = {name: getattr(arguments, name) for name in ("data_dir", "host", "port", "federation")}
     settings = load_settings(flags, arguments.config)
-    with contextlib.closing(_listen(settings)) as listener:
+    with contextlib.closing(_listen(settings)) as listener, contextlib.ExitStack() as stack:
+        tls = _open_tls(settings, stack)
         with contextlib.closing(open_registry(settings)) as registry:
             is_empty, has_keys = registry.serving() is None, bool(list_keys(registry.database))
         if arguments.demo and is_empty:
             _import_demo(settings)
-        address = _address(settings, listener)
+        address = _address(settings, listener, "http" if tls is None else "https")
 
         def announce(service: Service) -> None:
-            print(_greeting(service, address, has_keys=has_keys), flush=True)
+            print(_greeting(service, address, tls, has_keys=has_keys), flush=True)
 
         capture_logging(settings.log_format or default_format())
         _allow_many_connections()
@@ -80,6 +90,8 @@ def _run(arguments: argparse.Namespace) -> int:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            ssl_certfile=None if tls is None else tls.certificate,
+            ssl_keyfile=None if tls is None else tls.key,
             timeout_graceful_shutdown=math.ceil(settings.request_seconds) + 1,
         )
         # uvicorn stops at a signal and then raises it again, for whoever listened before: that is us, and we are done.
@@ -103,14 +115,39 @@ def _listen(settings: Settings) -> socket.socket:
         raise UserError(f"cannot listen at {settings.host}, port {settings.port}: {reason}") from None
 
 
-def _address(settings: Settings, listener: socket.socket) -> str:
+@dataclass(frozen=True)
+class _Tls:
+    """Files of the certificate that the port shows, and its sha256."""
+
+    certificate: Path
+    key: Path
+    fingerprint: str
+
+
+def _open_tls(settings: Settings, stack: contextlib.ExitStack) -> _Tls | None:
+    """The certificate to speak TLS with, if TLS is to be spoken; with a federation, its one server from now on."""
+    if not settings.federation and settings.tls_certificate is None:
+        return None
+    from server.federation.site import fingerprint, hold_site, public_certificate
+
+    if settings.federation:
+        if shutil.which("flower-superlink", path=programs_path()) is None:
+            raise UserError("the federation takes Flower, which is not installed: pip install 'lowssl[server]'")
+        stack.enter_context(hold_site(settings.federation_folder))
+    found = public_certificate(
+        settings.federation_folder, settings.host, certificate=settings.tls_certificate, key=settings.tls_key
+    )
+    return _Tls(found.path, found.key, fingerprint(found.path))
+
+
+def _address(settings: Settings, listener: socket.socket, scheme: str) -> str:
     """What a person on this machine types into a browser."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host and not host.startswith("[") else host
-    return f"http://{host}:{listener.getsockname()[1]}"
+    return f"{scheme}://{host}:{listener.getsockname()[1]}"
 
 
-def _greeting(service: Service, address: str, *, has_keys: bool) -> str:
+def _greeting(service: Service, address: str, tls: _Tls | None, *, has_keys: bool) -> str:
     settings, status = service.settings, service.engine.status
     lines = [f"LowSSL {__version__}", ""]
     if status.version is not None and (described := status.description) is not None:
@@ -130,6 +167,11 @@ def _greeting(service: Service, address: str, *, has_keys: bool) -> str:
             "  Calls need an API key, and there is none yet:",
             f"    lowssl keys create --role embed --data-dir {shlex.quote(str(settings.data_dir))}",
         ]
+    if tls is not None:
+        lines += ["", "  certificate's sha256, which devices and browsers show, too:", f"    {tls.fingerprint}"]
+    if settings.federation:
+        folder = shlex.quote(str(settings.data_dir))
+        lines += ["", "  devices join with a token of", f"    lowssl federation token --data-dir {folder}"]
     lines += [
         "",
         f"  page           {address}/",

@@ -6,9 +6,9 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -59,6 +59,15 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen at; 0.0.0.0 is every one.")
     port: int = Field(8080, ge=0, le=65_535, description="Port to listen at; 0 takes a free one.")
+    tls_certificate: Path | None = Field(
+        None, description="Certificate (PEM, with those between it and its authority) to speak TLS with; with tls_key."
+    )
+    tls_key: Path | None = Field(None, description="Private key of tls_certificate (PEM).")
+    federation: bool = Field(
+        False,
+        description="Whether devices may join and train the encoder on; the port then speaks TLS, without "
+        "tls_certificate with a self-signed one.",
+    )
     require_keys: bool | None = Field(
         None, description="Whether calls need an API key; without it, exactly when the address is not loopback."
     )
@@ -96,6 +105,17 @@ class Settings(BaseSettings):
         None,
         description="json: one object a line; text: for people; without it, text on a terminal, else json.",
     )
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together: give both or neither")
+        return self
+
+    @property
+    def federation_folder(self) -> Path:
+        """Where the federation's state is."""
+        return self.data_dir.expanduser().absolute() / "federation"
 
     @property
     def is_loopback(self) -> bool:
@@ -137,6 +157,8 @@ def load_settings(flags: Mapping[str, object], config: Path | None) -> Settings:
         return Settings(**{name: value for name, (_, value) in given.items()})  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # of several settings together
+            raise UserError(first["msg"].removeprefix("Value error, ")) from None
         name = str(first["loc"][0])
         own = first["msg"].removeprefix("Value error, ") if first["type"] == "value_error" else _accepted(name)
         raise UserError(f"{given[name][0]}: {own}") from None
@@ -161,7 +183,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     for name, value in content.items():
         _check_name(name, f"{path}: {name}")
-        if isinstance(value, bool) and Settings.model_fields[name].annotation != bool | None:
+        if isinstance(value, bool) and Settings.model_fields[name].annotation not in (bool, bool | None):
             raise UserError(f"{path}: {name} = {value}: {_accepted(name)}")  # pydantic takes true for 1
     return content
 

@@ -32,6 +32,7 @@ from lowssl_core.views import ViewsConfig
 
 PHOTOS = cache(open_photos)
 CONFIG = LearnerConfig(
+    tau=0.7,
     budget=Budget(new_images=16, steps=4),
     memory=MemoryConfig(max_bytes=1_000_000),
     save_every_steps=3,

@@ -5,12 +5,13 @@ import binascii
 import io
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
 from fastapi import Request
 from numpy.lib import format as npy
+from pydantic import BaseModel, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -18,6 +19,7 @@ from lowssl_core.images import BadImage, Pixels
 from server.api.problems import Problem
 from server.serving.limits import ServingLimits
 
+Model = TypeVar("Model", bound=BaseModel)
 Image = bytes | Pixels | BadImage
 """A file's bytes, pixels (H, W, 3), or why not even these could be had."""
 
@@ -89,6 +91,19 @@ def read_json(body: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Problem(422, "the body's JSON is no object")
     return content
+
+
+async def read_model(request: Request, model: type[Model], limits: ServingLimits) -> Model:
+    """A JSON body as a model of pydantic's; Problem 415 for another type, 422 for what the model does not accept."""
+    # No form of a web page can send JSON, so none can make a visitor's browser change anything.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Problem(415, f"send application/json with {', '.join(model.model_fields)}")
+    content = read_json(await read_body(request, limits))
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise Problem(422, f"{said}; accepted: {', '.join(model.model_fields)}") from None
 
 
 async def read_base64(texts: Sequence[str], limits: ServingLimits) -> list[Image]:

@@ -213,10 +213,16 @@ ROLLBACK = _route(
     problems=_CHANGING,
     description="This version serves again",
 )
+_JOINING = {
+    "token": "lowssl-join-9f86d081884c-" + "0" * 64,
+    "public_key": "ecdsa-sha2-nistp384 AAAA...",
+    "name": "kitchen",
+}
+_NEWS = {"new_images": 120, "time": "2026-01-31T12:00:00+00:00", "signature": "MGUCMQ=="}
 JOIN = _route(
     "Let a device join",
     role=None,
-    body=_content("application/json", ref("JoinRequest")),
+    body=_content("application/json", ref("JoinRequest"), {"a device": _JOINING}),
     answer=_content("application/json", ref("Joined")),
     problems=(401, 408, 413, 415, 422, 500, 503),
     description="It has joined",
@@ -230,7 +236,7 @@ JOIN["status_code"] = 201
 NEWS = _route(
     "Hear how many new images a device has",
     role=None,
-    body=_content("application/json", ref("NewsRequest")),
+    body=_content("application/json", ref("NewsRequest"), {"120 images": _NEWS}),
     answer=_content("application/json", ref("Heard")),
     problems=(401, 408, 413, 415, 422, 500, 503),
 )
@@ -262,14 +268,14 @@ ORDER = _route(
 STOP = _route(
     "Stop ordering, and the round under way",
     role="operate",
-    body=_content("application/json", ref("Nothing")),
+    body=_content("application/json", ref("Nothing"), {"nothing": {}}),
     answer=_content("application/json", ref("FederationStatus")),
     problems=_CHANGING,
 )
 RELEASE = _route(
     "Take a device out of quarantine, with the next round",
     role="operate",
-    body=_content("application/json", ref("Nothing")),
+    body=_content("application/json", ref("Nothing"), {"nothing": {}}),
     answer=_content("application/json", ref("Released")),
     problems=(*_CHANGING, 404),
 )

@@ -2,15 +2,15 @@
 
 import asyncio
 from dataclasses import asdict
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from lowssl_core.errors import UserError
-from server.api.bodies import read_body, read_json
+from server.api.bodies import read_model
 from server.api.callers import EMBEDDERS, OPERATORS
 from server.api.descriptions import MODEL, MODELS, PROMOTE, ROLLBACK
 from server.api.exchange import Exchange
@@ -21,7 +21,6 @@ from server.registry.version import Event, UnknownVersionError, Version
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
-Body = TypeVar("Body", bound=BaseModel)
 Why = Annotated[str, Field(max_length=2000, description="For the version's history.")]
 
 
@@ -68,7 +67,7 @@ async def promote_model(request: Request, version: str) -> Response:
     This takes as long as the gate does; requests for embeddings go on meanwhile, and none fails at the change.
     """
     service = Service.of(request)
-    asked = await _read(request, PromoteRequest)
+    asked = await read_model(request, PromoteRequest, service.limits)
     try:
         found = await asyncio.to_thread(service.registry.version, version)
     except UnknownVersionError as error:
@@ -85,25 +84,13 @@ async def promote_model(request: Request, version: str) -> Response:
 async def roll_back(request: Request) -> Response:
     """Let the version serve again that served before."""
     service = Service.of(request)
-    asked = await _read(request, RollbackRequest)
+    asked = await read_model(request, RollbackRequest, service.limits)
     try:
         version = await asyncio.to_thread(service.registry.rollback, who=_who(request), why=asked.why)
     except UserError as error:
         raise Problem(409, str(error)) from None
     await service.engine.refresh()
     return _json(_entry(version))
-
-
-async def _read(request: Request, model: type[Body]) -> Body:
-    # No form of a web page can send JSON, so none can make a visitor's browser change what serves.
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Problem(415, 'send application/json: {"why": "..."}')
-    content = read_json(await read_body(request, Service.of(request).limits))
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise Problem(422, f"{said}; accepted: {', '.join(model.model_fields)}") from None
 
 
 def _who(request: Request) -> str:

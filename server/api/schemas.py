@@ -185,4 +185,66 @@ COMPONENTS: dict[str, Schema] = {
             "execution": _object({"kind": {"enum": ["pool", "batches", None]}, "workers": _POSITIVE}),
         }
     ),
+    "Nothing": _object({}, description="An empty object."),
+    "JoinRequest": _object(
+        {
+            "token": {"type": "string", "maxLength": 200, "description": "As `lowssl federation token` printed it."},
+            "public_key": {"type": "string", "maxLength": 1000, "description": "The device's, in OpenSSH's format."},
+            "name": {"type": "string", "maxLength": 100, "description": "For people."},
+        },
+        optional=("name",),
+    ),
+    "Joined": _object(
+        {
+            "device": {"type": "string", "description": "32 hexadecimal digits of the public key's sha256."},
+            "name": _TEXT,
+            "address": _or_null("string") | {"description": "Where the fleet's calls go, if not here."},
+        }
+    ),
+    "NewsRequest": _object(
+        {
+            "new_images": _COUNT | {"maximum": 10**9, "description": "That the device has not learned from."},
+            "time": {"type": "string", "maxLength": 40, "description": "When it says so: ISO 8601, UTC."},
+            "signature": {
+                "type": "string",
+                "maxLength": 300,
+                "description": "Base64 of the device's ECDSA signature over lowssl-news, device, new_images and time, "
+                "one on each line.",
+            },
+        }
+    ),
+    "Heard": _object({"device": _TEXT, "new_images": _COUNT}),
+    "OrderRequest": _object({"rounds": {"type": "integer", "minimum": 1, "maximum": 100_000}}, optional=("rounds",)),
+    "Released": _object({"device": _TEXT}),
+    "FederationStatus": {
+        "type": "object",
+        "properties": {
+            "phase": {"type": "string", "description": "What it is doing; not begun, idle, stopped among others."},
+            "round": {**_COUNT, "description": "The last one completed."},
+            "ordered": {**_COUNT, "description": "The last one that is to be done."},
+            "devices": {**_COUNT, "description": "That have joined."},
+            "quarantine": {"type": "object", "description": "Devices, and why."},
+            "fingerprint": {"type": "string", "description": "sha256 of the server's certificate."},
+        },
+        "required": ["phase", "devices", "fingerprint"],
+    },
+    "Devices": _object(
+        {
+            "devices": _array(
+                _object(
+                    {
+                        "device": _TEXT,
+                        "name": _TEXT,
+                        "status": {"type": "string", "description": "online, offline, registered, removed or unknown."},
+                        "joined": {"type": "string", "format": "date-time"},
+                        "last_round": _or_null("integer"),
+                        "new_images": _COUNT,
+                        "told": _or_null("string"),
+                        "quarantine": _or_null("string"),
+                    }
+                )
+            )
+        }
+    ),
+    "Rounds": _object({"rounds": _array({"type": "object"})}),
 }

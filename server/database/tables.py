@@ -1,4 +1,4 @@
-"""The tables: versions with their files, events, and the keys of the API."""
+"""The tables: versions with their files, events, the keys of the API, and who may join the federation and has."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -115,3 +115,32 @@ class ApiKeyRow(Base):
     last_used: Mapped[datetime | None]
     revoked: Mapped[datetime | None]
     requests_per_minute: Mapped[int | None]
+
+
+class JoinTokenRow(Base):
+    """A token by which devices join; of its secret only the SHA-256 is known."""
+
+    __tablename__ = "join_tokens"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    hash: Mapped[str]
+    name: Mapped[str]
+    uses_left: Mapped[int]
+    created: Mapped[datetime]
+    expires: Mapped[datetime]
+
+
+class DeviceRow(Base):
+    """A device of the federation by its id, which follows from its key."""
+
+    __tablename__ = "devices"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    public_key: Mapped[str]
+    token: Mapped[str] = mapped_column(ForeignKey("join_tokens.id"))
+    joined: Mapped[datetime]
+    # Flower's id of it, up to 2^64; absent while Flower has not been told of it.
+    node: Mapped[str | None]
+    new_images: Mapped[int]
+    told: Mapped[datetime | None]

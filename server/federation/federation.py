@@ -95,7 +95,7 @@ class Federation:
         if orders.is_stopped(self.folder) or is_running(self.folder):
             return False
         wanted = orders.ordered(self.folder)
-        return wanted > 0 and wanted > History(self.folder).last().record.version
+        return wanted > 0 and wanted > History(self.folder).newest()
 
     def _wait_for_run(self) -> None:
         end = time.monotonic() + _START_SECONDS

@@ -111,6 +111,10 @@ class History:
         write_atomically(rounds / _MANIFEST, lambda file: file.write(manifest.to_json().encode()))
         return cls(folder)
 
+    def newest(self) -> int:
+        """The newest version by its record's name alone, whose files nobody has looked at; `last` does."""
+        return max(self._versions(), default=0)
+
     def last(self) -> Completed:
         """The last round that is whole.
 

@@ -69,9 +69,11 @@ class SuperLink:
         self.address = f"{HOST}:{port or _free_port()}"
         config = _CONFIG.format(name=_NAME, address=self.address, certificate=self.certificate.path)
         write_atomically(self._home / "config.toml", lambda file: file.write(config.encode()))
-        self._environment = flower_environment(self._home) | (environment or {})
         self.process = KeptProcess(
-            self._command(), environment=self._environment, log=self._home / "superlink.log", attempts=5
+            self._command(),
+            environment=flower_environment(self._home) | (environment or {}),
+            log=self._home / "superlink.log",
+            attempts=5,
         )
 
     def __enter__(self) -> Self:
@@ -139,12 +141,11 @@ class SuperLink:
         Raises:
             SuperLinkError: there is no such device.
         """
-        self._tell("supernode", "unregister", str(node), _NAME)
+        unregister_device(self._home.parent, node)
 
     def devices(self) -> list[Registered]:
         """The devices that may connect. Raises SuperLinkError if it does not answer."""
-        answer = self._tell("supernode", "list", _NAME)
-        return [Registered(int(node["node-id"]), str(node["status"]).lower()) for node in answer["nodes"]]
+        return _devices(self._home)
 
     def start_run(self) -> int:
         """Start the ServerApp; returns the run's id. Raises SuperLinkError if it is refused."""
@@ -163,27 +164,53 @@ class SuperLink:
         ]
 
     def _tell(self, *words: str) -> dict[str, Any]:
-        """Run a command of Flower's, which writes one JSON object."""
-        program = shutil.which("flwr", path=self._environment["PATH"])
-        if program is None:
-            raise SuperLinkError("flwr is not installed")
-        try:
-            done = subprocess.run(
-                [program, *words, "--format", "json"],
-                env=self._environment,
-                capture_output=True,
-                text=True,
-                timeout=_COMMAND_SECONDS,
-                check=False,
-            )
-            answer = json.loads(done.stdout)
-        except subprocess.TimeoutExpired:
-            raise SuperLinkError(f"flwr {words[0]}: no answer in {_COMMAND_SECONDS:g} s") from None
-        except ValueError:
-            raise SuperLinkError(f"flwr {words[0]}: {_last_words(done.stdout + done.stderr)}") from None
-        if not isinstance(answer, dict) or not answer.get("success"):
-            raise SuperLinkError(f"flwr {words[0]}: {_last_words(str(answer))}")
-        return answer
+        return _tell(self._home, *words)
+
+
+def registered_devices(folder: Path) -> list[Registered]:
+    """The devices that may connect to the federation of a folder, whose SuperLink another process runs.
+
+    Raises:
+        SuperLinkError: it does not answer.
+    """
+    return _devices(folder.resolve() / "flower")
+
+
+def unregister_device(folder: Path, node: int) -> None:
+    """Never let a device connect again to the federation of a folder. Raises SuperLinkError if there is none."""
+    _tell(folder.resolve() / "flower", "supernode", "unregister", str(node), _NAME)
+
+
+def _devices(home: Path) -> list[Registered]:
+    answer = _tell(home, "supernode", "list", _NAME)
+    return [Registered(int(node["node-id"]), str(node["status"]).lower()) for node in answer["nodes"]]
+
+
+def _tell(home: Path, *words: str) -> dict[str, Any]:
+    """Run a command of Flower's, which writes one JSON object."""
+    environment = flower_environment(home)
+    program = shutil.which("flwr", path=environment["PATH"])
+    if program is None:
+        raise SuperLinkError("flwr is not installed")
+    if not (home / "config.toml").exists():
+        raise SuperLinkError("no server runs the federation")
+    try:
+        done = subprocess.run(
+            [program, *words, "--format", "json"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_COMMAND_SECONDS,
+            check=False,
+        )
+        answer = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        raise SuperLinkError(f"flwr {words[0]}: no answer in {_COMMAND_SECONDS:g} s") from None
+    except ValueError:
+        raise SuperLinkError(f"flwr {words[0]}: {_last_words(done.stdout + done.stderr)}") from None
+    if not isinstance(answer, dict) or not answer.get("success"):
+        raise SuperLinkError(f"flwr {words[0]}: {_last_words(str(answer))}")
+    return answer
 
 
 def flower_environment(home: Path) -> dict[str, str]:

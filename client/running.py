@@ -1,0 +1,110 @@
+"""`lowssl-client run`: the long-lived process that owns the model, trains when it may, and stays connected."""
+
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import cv2
+import torch
+
+from client.agent import Agent
+from client.arrivals import Arrivals
+from client.conditions import Conditions
+from client.config import CapsConfig, DeviceConfig
+from client.connection import Connection
+from client.folder import Joined
+from client.identity import open_identity
+from client.learner import Learner
+from client.node import Node
+from client.tasks import TaskLearner
+from lowssl_core.recipe import Recipe
+
+_LOG = logging.getLogger(__name__)
+_GRACE_SECONDS = 20.0
+_FILES_AT_ONCE = 256  # that a look at the folder opens at most: a task must not wait long for it
+
+
+def run(images: Path, folder: Path, joined: Joined, config: DeviceConfig) -> None:
+    """Work for the server until SIGTERM or SIGINT.
+
+    The state on disk is good at every moment, so what does not end within 20 seconds is cut off.
+
+    Args:
+        images: the folder where images arrive.
+        folder: the device's; the caller has locked it.
+        joined: the server.
+        config: the device's settings.
+
+    Raises:
+        UserError: no such folder of images, a damaged file in the device's folder, or Flower is not installed.
+    """
+    _log_to_stderr()
+    _keep_to(config.caps)
+    identity = open_identity(folder)
+    conditions = config.conditions.build(folder)
+    metered = Conditions([config.conditions.metered.build(Path("/"))])
+    with ExitStack() as stack:
+        arrivals = stack.enter_context(Arrivals(images, folder, config.images))
+
+        def open_learner(recipe: Recipe) -> Learner:
+            return Learner(recipe, config.learner, arrivals, folder)
+
+        connection = Connection(
+            lambda: Node(joined.address, identity, folder, certificate=folder / joined.certificate), metered.waiting
+        )
+        agent = stack.enter_context(
+            Agent(
+                lambda: TaskLearner(open_learner, identity.device, folder),
+                folder,
+                waiting=conditions.waiting,
+                at_leisure=partial(arrivals.rescan, _FILES_AT_ONCE),
+                leisure_seconds=config.rescan_seconds,
+                about=lambda: {"pid": os.getpid(), "connection": connection.status()},
+            )
+        )
+        _stop_on_signals(agent)
+        arrivals.rescan(_FILES_AT_ONCE)
+        stack.enter_context(connection)
+        _LOG.info("device %s (%s) works for %s on %s", joined.name, identity.device, joined.url, images)
+        agent.run()
+        _LOG.info("stops")
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    ours = logging.getLogger("client")
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+
+
+def _keep_to(caps: CapsConfig) -> None:
+    threads = caps.threads or max(1, (os.cpu_count() or 1) // 2)
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
+    os.nice(max(0, caps.niceness - os.nice(0)))
+    if caps.memory_bytes is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (caps.memory_bytes, hard))
+
+
+def _stop_on_signals(agent: Agent) -> None:
+    """Close the agent when told to stop, in a thread of its own: the signal may come while the agent is locked."""
+
+    def stop(number: int, frame: object) -> None:
+        for heard in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(heard, signal.SIG_DFL)
+        _LOG.info("told to stop")
+        threading.Thread(target=agent.close, daemon=True).start()
+        cut = threading.Timer(_GRACE_SECONDS, os._exit, [128 + number])
+        cut.daemon = True
+        cut.start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)

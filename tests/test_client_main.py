@@ -1,0 +1,336 @@
+"""The device's front door: joining over real TLS, settings by name, one agent a folder, and what status tells."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives import serialization
+
+from client.arrivals import Arrivals, ArrivalsConfig
+from client.config import load_config
+from client.folder import locked
+from client.main import main
+from lowssl_core.errors import UserError
+from server.federation.certificates import Certificate, open_certificate
+
+TOKEN = "lowssl-join-secret"
+
+
+def device_of(public_key: str) -> str:
+    """What a server calls a device."""
+    key = serialization.load_ssh_public_key(public_key.encode())
+    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(der).hexdigest()[:32]
+
+
+@dataclass
+class Site:
+    """A server that follows the contract of joining, and what it was asked."""
+
+    certificate: Certificate
+    port: int
+    bodies: list[dict[str, str]] = field(default_factory=list)
+    devices: list[str] = field(default_factory=list)
+    address: str | None = None
+    fixed: tuple[int, bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(ssl.PEM_cert_to_DER_cert(self.certificate.path.read_text())).hexdigest()
+
+    def answer(self, path: str, body: dict[str, str]) -> tuple[int, bytes]:
+        if self.fixed:
+            return self.fixed
+        if path != "/v1/devices":
+            return 404, b"{}"
+        self.bodies.append(body)
+        if body["token"] != TOKEN:
+            return 401, b'{"detail": "no"}'
+        device = device_of(body["public_key"])
+        is_known = device in self.devices
+        self.devices.append(device)
+        answer = {"device": device, "name": body["name"], "address": self.address}
+        return 409 if is_known else 201, json.dumps(answer).encode()
+
+
+@contextlib.contextmanager
+def site_at(folder: Path, hosts: tuple[str, ...] = ("127.0.0.1",)) -> Iterator[Site]:
+    certificate = open_certificate(folder, "server", hosts)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, data = site.answer(self.path, json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(status)
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """Those who only want to see the certificate leave without a request."""
+
+    server = Server(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.path, certificate.key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    site = Site(certificate, server.server_port)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield site
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with site_at(tmp_path / "server") as site:
+        yield site
+
+
+def join(folder: Path, site: Site, *more: str, token: str = TOKEN) -> int:
+    return main(["join", site.url, "--token", token, "--folder", str(folder), "--name", "kitchen", *more])
+
+
+# Joining
+
+
+def test_joining_pins_the_server_and_registers_the_key_and_again_is_harmless(tmp_path, site, capsys):
+    folder = tmp_path / "device"
+    for _ in range(2):
+        assert join(folder, site) == 0
+        told = capsys.readouterr().out
+        assert site.fingerprint in told.replace(":", "").lower()
+        assert f"kitchen ({site.devices[0]}) has joined {site.url}" in told
+    assert len(set(site.devices)) == 1
+    assert site.bodies[0].keys() == {"token", "public_key", "name"}
+    assert (folder / "server.pem").read_text() == site.certificate.path.read_text()
+    assert json.loads((folder / "joined.json").read_text()) == {
+        "url": site.url,
+        "address": f"127.0.0.1:{site.port}",
+        "certificate": "server.pem",
+        "device": site.devices[0],
+        "name": "kitchen",
+    }
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert TOKEN not in "".join(path.read_text(errors="replace") for path in folder.iterdir())
+
+
+def test_a_server_can_name_another_address_for_its_rounds(tmp_path, site):
+    site.address = "fleet.example:9000"
+    assert join(tmp_path / "device", site) == 0
+    assert json.loads((tmp_path / "device" / "joined.json").read_text())["address"] == "fleet.example:9000"
+
+
+def test_a_token_that_is_not_taken_leaves_nothing_joined(tmp_path, site, capsys):
+    assert join(tmp_path / "device", site, token="old") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "wrong, expired or used up" in error
+    assert not (tmp_path / "device" / "joined.json").exists()
+    assert join(tmp_path / "device", site) == 0
+
+
+def test_another_fingerprint_is_refused_before_the_token_is_sent_and_both_are_shown(tmp_path, site, capsys):
+    assert join(tmp_path / "device", site, "--fingerprint", "AB" * 32) == 2
+    error = capsys.readouterr().err
+    assert site.fingerprint in error
+    assert "ab" * 32 in error
+    assert site.bodies == []
+    shown = ":".join(site.fingerprint[index : index + 2].upper() for index in range(0, 64, 2))  # as openssl writes it
+    assert join(tmp_path / "device", site, "--fingerprint", shown) == 0
+    assert join(tmp_path / "device", site, "--fingerprint", "abc") == 2
+    assert "64 hexadecimal digits" in capsys.readouterr().err
+
+
+def test_a_renewed_certificate_is_taken_only_with_its_fingerprint(tmp_path, site, capsys):
+    folder = tmp_path / "device"
+    assert join(folder, site) == 0
+    other = open_certificate(tmp_path / "other", "server", ["127.0.0.1"])
+    shutil.copy(other.path, folder / "server.pem")  # as if the server had shown that one at first
+    capsys.readouterr()
+    assert join(folder, site) == 2
+    error = capsys.readouterr().err
+    assert hashlib.sha256(ssl.PEM_cert_to_DER_cert(other.path.read_text())).hexdigest() in error
+    assert site.fingerprint in error
+    assert join(folder, site, "--fingerprint", site.fingerprint) == 0
+
+
+def test_an_authority_is_trusted_in_place_of_a_certificate(tmp_path, site, capsys):
+    folder = tmp_path / "device"
+    assert join(folder, site, "--ca", str(site.certificate.path)) == 0
+    assert json.loads((folder / "joined.json").read_text())["certificate"] == "authority.pem"
+    other = open_certificate(tmp_path / "other", "server", ["127.0.0.1"])
+    assert join(tmp_path / "second", site, "--ca", str(other.path)) == 2
+    assert "not trusted" in capsys.readouterr().err
+    assert len(site.bodies) == 1
+    for wrong in (tmp_path / "missing.pem", site.certificate.key):
+        assert join(tmp_path / "third", site, "--ca", str(wrong)) == 2
+        assert str(wrong) in capsys.readouterr().err
+
+
+def test_a_certificate_for_another_host_is_refused_with_the_reason(tmp_path, capsys):
+    with site_at(tmp_path / "server", ("elsewhere.example",)) as site:
+        assert join(tmp_path / "device", site) == 2
+    assert "not valid for '127.0.0.1'" in capsys.readouterr().err
+    assert site.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://127.0.0.1:1", "cannot be reached"),
+        ("http://127.0.0.1:1", "https://HOST:PORT"),
+        ("127.0.0.1:1", "https://HOST:PORT"),
+        ("https://127.0.0.1:notaport", "https://HOST:PORT"),
+        ("https://127.0.0.1:1/path", "https://HOST:PORT"),
+    ],
+)
+def test_where_no_server_is_one_line_says_so(tmp_path, capsys, url, said):
+    assert main(["join", url, "--token", "x", "--folder", str(tmp_path / "device")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (404, b"", "takes no devices"),
+        (422, b'{"detail": "name is too long"}', "422 name is too long"),
+        (500, b"<html>", "answered 500"),
+        (201, b"[]", "answered 201"),
+        (201, b'{"device": "somebody else"}', "its key says"),
+    ],
+)
+def test_a_server_that_answers_otherwise_is_quoted(tmp_path, site, capsys, status, body, said):
+    site.fixed = (status, body)
+    assert join(tmp_path / "device", site) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "device" / "joined.json").exists()
+
+
+def test_a_device_belongs_to_one_server(tmp_path, site, capsys):
+    assert join(tmp_path / "device", site) == 0
+    assert main(["join", "https://127.0.0.1:1", "--token", TOKEN, "--folder", str(tmp_path / "device")]) == 2
+    assert f"has joined {site.url}" in capsys.readouterr().err
+
+
+# Running
+
+
+def test_running_needs_a_server_and_images(tmp_path, site, capsys):
+    folder = tmp_path / "device"
+    assert main(["run", "--images", str(tmp_path), "--folder", str(folder)]) == 2
+    assert "no server joined yet" in capsys.readouterr().err
+    assert join(folder, site) == 0
+    assert main(["run", "--images", str(tmp_path / "none"), "--folder", str(folder)]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_a_second_agent_is_refused_with_the_first_ones_process(tmp_path, site, capsys):
+    folder = tmp_path / "device"
+    assert join(folder, site) == 0
+    with locked(folder):
+        assert main(["run", "--images", str(tmp_path), "--folder", str(folder)]) == 2
+    assert f"an agent runs already in {folder} (process {os.getpid()})" in capsys.readouterr().err
+    with locked(folder):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("colour = 1", "unknown key colour; the file has images, learner, conditions, caps"),
+        ("[learner.memory]\nmax_byte = 1", "unknown key learner.memory.max_byte"),
+        ("[caps]\nthreads = 0", "caps.threads is 0; it is a whole number from 1"),
+        ("[caps]\nniceness = 20", "caps.niceness is 20"),
+        ("[caps]\nthreads = 'all'", "caps.threads is 'all'; it is a whole number"),
+        ("[conditions.quiet_hours]\nstart = 'late'", "conditions.quiet_hours.start is 'late'"),
+        ("rescan_seconds = 0", "rescan_seconds is 0"),
+        ("= 1", "not TOML"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(tmp_path, text, said):
+    path = tmp_path / "device.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert str(error.value).startswith(f"--config {path}: ")
+    assert said in str(error.value)
+
+
+def test_settings_may_be_absent_or_partial(tmp_path):
+    path = tmp_path / "device.toml"
+    path.write_text("[learner.memory]\nmax_bytes = 5_000_000\n")
+    assert load_config(path).learner.memory.max_bytes == 5_000_000
+    assert load_config(path).conditions == load_config(None).conditions
+    with pytest.raises(UserError, match="No such file"):
+        load_config(tmp_path / "missing.toml")
+
+
+# Status
+
+
+def test_status_tells_what_the_folder_knows_while_no_agent_runs(tmp_path, site, capsys):
+    folder, images = tmp_path / "device", tmp_path / "images"
+    images.mkdir()
+    assert join(folder, site) == 0
+    cv2.imwrite(str(images / "good.png"), np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8))
+    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff" + b"x" * 200)
+    with Arrivals(images, folder, ArrivalsConfig(settle_seconds=0)) as arrivals:
+        arrivals.rescan()
+    capsys.readouterr()
+    assert main(["pause", "--folder", str(folder)]) == 0
+    assert main(["status", "--folder", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert "not running, paused" in told
+    assert "2 files: 1 new, 0 learned from, 1 set aside" in told
+    assert "broken.jpg: " in told
+    assert "0 answered" in told
+    assert main(["resume", "--folder", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["status", "--json", "--folder", str(folder)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["agent"] is None
+    assert facts["paused"] is False
+    assert facts["joined"]["url"] == site.url
+    assert facts["images"]["new"] == 1
+
+
+def test_commands_without_a_device_say_so(tmp_path, capsys):
+    for command in ("status", "pause", "resume"):
+        assert main([command, "--folder", str(tmp_path / "none")]) == 2
+        assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_looking_and_pausing_load_nothing_heavy(tmp_path):
+    program = (
+        "import sys; from client.main import main; "
+        f"main(['pause', '--folder', {str(tmp_path)!r}]); main(['status', '--folder', {str(tmp_path)!r}]); "
+        "sys.exit(bool({'torch', 'numpy', 'cv2', 'flwr', 'cryptography'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
