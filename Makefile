@@ -19,8 +19,8 @@ setup: .venv/installed  ## Make .venv with everything, at the tested versions
 demo: setup  ## Pre-train a tiny backbone on photographs, judge and serve it (about five minutes on two cores)
 	$(BIN)/lowssl demo --out demo
 
-test: setup  ## Run the tests
-	$(BIN)/python -m pytest
+test: setup  ## Run the tests, two files at a time
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: setup  ## Check format, lint, types, the direction of imports, and deploy/
 	$(BIN)/ruff format --check .
