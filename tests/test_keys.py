@@ -188,3 +188,13 @@ def test_no_log_holds_a_key_or_an_image(tmp_path: Path, database: Database, caps
     assert '"key":"embed test"' in logged
     assert text[20:-1] not in logged
     assert "JFIF" not in logged
+
+
+@pytest.mark.parametrize("action", [["list"], ["revoke", "abc"]])
+def test_a_folder_misspelled_does_not_become_a_servers(
+    action: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "misspelled"
+    assert lowssl(["keys", *action, "--data-dir", str(folder)]) == 2
+    assert f"there is no registry in {folder}" in capsys.readouterr().err
+    assert not folder.exists()

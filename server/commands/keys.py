@@ -34,11 +34,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from contextlib import closing
 
+    from lowssl_core.errors import UserError
     from server.access.keys import create_key, list_keys, revoke_key
-    from server.registry.registry import open_registry
+    from server.registry.registry import has_registry, open_registry
     from server.settings import load_settings
 
     settings = load_settings({"data_dir": arguments.data_dir}, arguments.config)
+    if arguments.action != "create" and not has_registry(settings):
+        raise UserError(f"there is no registry in {settings.data_dir}: --data-dir is that of lowssl-server")
     with closing(open_registry(settings)) as registry:
         if arguments.action == "create":
             key, text = create_key(

@@ -78,13 +78,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from contextlib import closing
 
     from lowssl_core.errors import UserError
-    from server.registry.registry import DATABASE_FILE, open_registry
+    from server.registry.registry import has_registry, open_registry
     from server.settings import load_settings
 
     settings = load_settings({"data_dir": arguments.data_dir}, arguments.config)
-    folder = settings.data_dir.expanduser()
-    is_missing = settings.database_url is None and not (folder / DATABASE_FILE).is_file()
-    if is_missing and arguments.action != "import":  # a folder misspelled must not become a registry
+    if arguments.action != "import" and not has_registry(settings):  # a folder misspelled must not become a registry
+        folder = settings.data_dir.expanduser()
         raise UserError(f"there is no registry in {folder}: lowssl registry import SOURCE --data-dir DIR makes one")
     run: Action = arguments.run_action
     with closing(open_registry(settings)) as registry:

@@ -310,6 +310,11 @@ class Registry:
         record(session, row, action, who, why, report)
 
 
+def has_registry(settings: RegistrySettings) -> bool:
+    """Whether there is a registry where the settings say; of a database by URL that is not asked."""
+    return settings.database_url is not None or (settings.data_dir.expanduser() / DATABASE_FILE).is_file()
+
+
 def open_registry(settings: RegistrySettings) -> Registry:
     """The registry that the settings speak of, made if there is none yet.
 
