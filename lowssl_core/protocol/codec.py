@@ -1,4 +1,4 @@
-"""Codecs of a flat array: fp32, fp16, int8 in blocks or the largest values alone, and feedback of what they lose."""
+"""Codecs of a flat array: fp32, fp16, int8 in blocks or the largest values alone."""
 
 import math
 import struct
@@ -113,23 +113,6 @@ def decode_flat(data: bytes, manifest: Manifest) -> FloatArray:
 def largest_payload(manifest: Manifest) -> int:
     """Bytes that no payload of a manifest exceeds: a longer one is refused unread."""
     return _PREFIX.size + 4 * manifest.size + _BLOCK_RECORD.itemsize
-
-
-@dataclass(frozen=True)
-class ErrorFeedback:
-    """What a codec has lost so far, (N,), to be sent with the next delta (Seide et al. 2014; Karimireddy et al. 2019).
-
-    e <- (delta + e) - C(delta + e). Nothing changes in place: `encode` gives the successor, which takes effect once
-    the upload is acknowledged; until then the old one is the truth and the same delta can be encoded again.
-    """
-
-    residual: FloatArray
-
-    def encode(self, delta: FloatArray, codec: Codec, *, share: float = 0.01) -> tuple[bytes, "ErrorFeedback"]:
-        """The bytes to send for `delta` (N,), and the error feedback to keep when they have arrived."""
-        wanted = delta + self.residual
-        data = encode(wanted, codec, share=share)
-        return data, ErrorFeedback(wanted - decode(data, len(wanted)))
 
 
 def _halves(values: FloatArray, unit: float) -> bytes:
