@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from client.config import load_config
 from lowssl_core.photos import open_photos
 from lowssl_core.recipe import recipe_names
 from server.api.descriptions import routes_table
 from server.app import create_app
+from server.federation.plans import read_plan
 from server.settings import Settings, settings_table
 
 ROOT = Path(__file__).parents[1]
@@ -155,3 +158,20 @@ def test_the_file_tree_has_each_module_with_its_first_sentence() -> None:
 def test_the_docs_have_every_setting_and_every_route() -> None:
     assert settings_table() in (ROOT / "docs" / "serving.md").read_text()
     assert routes_table(create_app(Settings()).openapi()) in (ROOT / "docs" / "api.md").read_text()
+
+
+def test_the_plan_and_the_devices_settings_of_the_docs_are_read() -> None:
+    text = (ROOT / "docs" / "federation.md").read_text()
+    plan, device = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file.toml"
+        path.write_text(plan)
+        assert read_plan(path).plan.aggregator.name == "trimmed_mean"
+        path.write_text(device)
+        assert load_config(path).caps.threads == 2
+
+
+def test_the_docs_of_the_federation_have_its_routes() -> None:
+    routes = routes_table(create_app(Settings(federation=True)).openapi()).splitlines()
+    text = (ROOT / "docs" / "federation.md").read_text()
+    assert all(line in text for line in routes if "/v1/devices" in line or "/v1/federation" in line)
