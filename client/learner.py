@@ -22,11 +22,11 @@ from lowssl_core.assembly import PixelBatch, assemble_on
 from lowssl_core.checkpoint import optimizer_tensors, restore_optimizer, tensors_below
 from lowssl_core.compute import prepare
 from lowssl_core.errors import UserError
+from lowssl_core.measurement import measure_views
 from lowssl_core.order import Stream
 from lowssl_core.preprocess import Preprocess
 from lowssl_core.protocol.manifest import FloatArray, check_flat, delta_of, manifest_of, pack, unpack
 from lowssl_core.recipe import Recipe, differences, recipe_from_dict
-from lowssl_core.run import measure_views
 from lowssl_core.schedules import Progress
 from lowssl_core.tensor_file import read_sealed, write_sealed
 from lowssl_core.train import Report, train

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from lowssl_core.backbones import build_backbone
 from lowssl_core.errors import UserError
 from lowssl_core.figures import views_figure
+from lowssl_core.measurement import measure_views
 from lowssl_core.recipe import Recipe
-from lowssl_core.run import measure_views
 from lowssl_core.sources import Source
 from lowssl_core.sources.memory import load_images
 from lowssl_core.views import Measurement, ViewsConfig

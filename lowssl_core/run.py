@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from torch import nn
 
 import lowssl_core
-from lowssl_core.backbones import backbone_grid
 from lowssl_core.checkpoint import Checkpoint, load_checkpoint, restore, save_checkpoint, take_checkpoint
 from lowssl_core.collapse import find_collapse
 from lowssl_core.compute import prepare
@@ -25,19 +22,17 @@ from lowssl_core.files import write_atomically
 from lowssl_core.interruption import Interruption
 from lowssl_core.journal import Journal
 from lowssl_core.loader import Loader, ViewsMode
+from lowssl_core.measurement import measure_views
 from lowssl_core.monitor import QualityProbe
 from lowssl_core.preprocess import Preprocess
 from lowssl_core.recipe import Recipe
 from lowssl_core.schedules import Progress
-from lowssl_core.sources import Source, open_source, open_sources
+from lowssl_core.sources import open_source, open_sources
 from lowssl_core.stretch import Stretch, numbers_of
 from lowssl_core.train import train
-from lowssl_core.views import Measurement, measure
 
 CHECKPOINT = "checkpoint.safetensors"
 ENCODER = "encoder.safetensors"
-# Images whose sizes decide the matched local size.
-SIZED_IMAGES = 2000
 # Steps between two looks at the losses and at the other ranks, where looking costs a wait for the device.
 STEPS_BETWEEN_LOOKS = 10
 # Logged stretches in a row that must show a symptom of collapse before it is called one.
@@ -336,24 +331,6 @@ class Run:
             self._journal.write("end", self._position())
             self._journal.say(f"done: {path} (encoder), {self._checkpoint_path} (whole run)")
         return 0
-
-
-def measure_views(recipe: Recipe, source: Source, backbone: nn.Module) -> Measurement:
-    """What a recipe's views are on the images of `source`, as a run has them: shrunk, sizes on the backbone's grid.
-
-    Raises:
-        UserError: the backbone cannot take views of these sizes.
-    """
-    sizes = source.sizes(np.random.default_rng(recipe.seed), SIZED_IMAGES)
-    if recipe.data.shrink_to is not None:
-        shortest = sizes.min(axis=1, keepdims=True)
-        sizes = np.round(sizes * np.minimum(1, recipe.data.shrink_to / shortest)).astype(np.int64)
-    grid = backbone_grid(backbone)
-    measurement = measure(recipe.views, sizes, grid=grid)
-    for name, size in (("global_size", recipe.views.global_size), ("local_size", measurement.local_size)):
-        if size % grid:
-            raise UserError(f"views.{name} is {size}; {recipe.backbone.name} takes multiples of {grid}")
-    return measurement
 
 
 def _views_mode(asked: ViewsMode, checkpoint: Checkpoint | None) -> ViewsMode:

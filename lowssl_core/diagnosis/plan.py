@@ -11,8 +11,8 @@ from typing import Literal
 from lowssl_core.backbones import backbone_grid, build_backbone
 from lowssl_core.errors import UserError
 from lowssl_core.losses import default_alpha
+from lowssl_core.measurement import measure_views
 from lowssl_core.recipe import Recipe, load_recipe
-from lowssl_core.run import measure_views
 from lowssl_core.sources import Source, open_source
 from lowssl_core.sources.layout import SPLITS
 from lowssl_core.sources.opening import open_held_out

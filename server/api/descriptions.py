@@ -131,9 +131,10 @@ def _parameter(name: str, schema: Schema, description: str) -> Schema:
     return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
 
 
+VERSION = "A version of the encoder, such as v3; without it the one that serves."
 # Of the route that is called most: FastAPI's own reading of parameters would cost a third of what HTTP does.
 _EMBED_PARAMETERS = [
-    _parameter("version", {"type": "string"}, "A version of the encoder, such as v3; without it the one that serves."),
+    _parameter("version", {"type": "string"}, VERSION),
     _parameter(
         "normalize",
         {"type": "boolean", "default": True},

@@ -1,8 +1,8 @@
 """`POST /embed`: images in, embeddings out."""
 
-from typing import Annotated, get_args
+from typing import get_args
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answers import Encoding, answer, choose_type
@@ -14,10 +14,6 @@ from server.api.problems import Problem
 from server.api.service import Service
 
 router = APIRouter(tags=["embeddings"])
-
-VersionQuery = Annotated[
-    str | None, Query(description="A version of the encoder, such as v3; without it the one that serves.")
-]
 
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 

@@ -1,16 +1,17 @@
 """`POST /v1/similarity`: how alike images are."""
 
+from typing import Annotated
+
 import numpy as np
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from lowssl_core.images import BadImage
 from server.api.answers import image_errors, version_headers
 from server.api.bodies import read_images
 from server.api.callers import EMBEDDERS
-from server.api.descriptions import SIMILARITY
-from server.api.embed import VersionQuery
+from server.api.descriptions import SIMILARITY, VERSION
 from server.api.embedding import embed_images
 from server.api.problems import Problem
 from server.api.service import Service
@@ -19,7 +20,7 @@ router = APIRouter(tags=["embeddings"])
 
 
 @router.post("/v1/similarity", dependencies=[EMBEDDERS], **SIMILARITY)
-async def compare(request: Request, version: VersionQuery = None) -> Response:
+async def compare(request: Request, version: Annotated[str | None, Query(description=VERSION)] = None) -> Response:
     """Compare two or more images, each with each.
 
     The answer is the matrix of cosine similarities of their embeddings: 1 for the same image. Bodies are those of
