@@ -58,7 +58,7 @@ class Arm:
 ARMS: Mapping[str, Arm] = {
     "fedavg": Arm(title="FedAvg (MinRed, alignment)", seeds=3, has_baselines=True),
     "fedema": Arm(title="FedEMA, tau .7", federation="fedema", seeds=3),
-    # At tau .7 a device of so few steps a round keeps all of its own from the third round on: mu reaches 1.
+    # At tau .7 and a learning rate that stays, mu goes to 1: see client/blending.py.
     "fedema-gentle": Arm(title="FedEMA, tau .2", federation="fedema", changes=("federation.learner.tau=0.2",)),
     "l-dawa": Arm(title="L-DAWA", federation="l-dawa", seeds=3),
     "fedavgm": Arm(title="FedAvgM, momentum .9", changes=("federation.aggregator.momentum=0.9",)),

@@ -109,8 +109,8 @@ class Learner:
         """Take over a global model, take in what is new in the folder, and plan a round.
 
         Args:
-            arrived: (size,) the global model, a flat array as the manifest says; None: train on alone. The first one
-                is taken over whole, later ones are blended with the device's own weights.
+            arrived: (size,) the global model, a flat array as the manifest says; None: train on alone. It is taken over
+                whole until a round was trained past the warm-up, then blended with the device's own weights.
             task: what is asked.
 
         Raises:
@@ -174,7 +174,10 @@ class Learner:
     def delta(self) -> FloatArray:
         """(size,) what the device sends for the open or the last round: see `delta_of`.
 
-        The parameters' difference is that from the global model as it arrived, so that their sum is the device's model.
+        The parameters' difference is what the round's training changed. With FedEMA what the device kept of its own
+        when the global model arrived is no part of it: the server has had that in earlier rounds. Where all devices
+        take part with the same mu, what they keep sums up to nothing, and the server comes to the mean of the devices'
+        models as in the paper.
 
         Raises:
             ValueError: there was no round.
@@ -280,23 +283,35 @@ class Learner:
 
     def _take_over(self, arrived: FloatArray | None) -> float | None:
         """Blend with a global model; returns the share of the device's own weights, None where none arrived."""
-        own = self._packed()
+        own, state = self._packed(), self.state
         if arrived is None:
             self._base = own
             return None
         check_flat(arrived, self.manifest)
-        self._base = arrived.copy()
-        if self.state.starts_over:
+        if state.starts_over:
             # Nothing of its own is worth keeping: not the weights, nor what the optimizer and the average know of them.
-            self._load(arrived)
+            self._start_from(arrived)
             self.continual.restart_average()
             self.optimizer = self.recipe.optim.build(self.continual)
-            self.state.starts_over = False
+            state.starts_over = False
             return 0.0
-        blended = blend(own, arrived, self.manifest, scale=self.state.scale, tau=self.config.tau)
-        self.state.scale = blended.scale
-        self._load(blended.flat)
+        if state.scale is None and not self._has_warmed_up():
+            # The small steps of a warm-up would set lambda so high that mu is 1 from then on.
+            self._start_from(arrived)
+            return 0.0
+        blended = blend(own, arrived, self.manifest, scale=state.scale, tau=self.config.tau)
+        state.scale = blended.scale
+        self._start_from(blended.flat)
         return blended.mu
+
+    def _has_warmed_up(self) -> bool:
+        """Whether the last round was trained past the learning rate's warm-up from its first step on."""
+        last = self.state.round
+        return last is not None and last.first_step >= self.recipe.optim.warmup(self.config.steps_per_epoch)
+
+    def _start_from(self, flat: FloatArray) -> None:
+        self._load(flat)
+        self._base = flat.copy()
 
     def _measure_sizes(self) -> None:
         """Find the local views' size once, on the first images; it stays, so that the network sees one scale."""

@@ -17,9 +17,8 @@ class LearnerConfig:
         memory: the replay memory.
         continual: what is added to the recipe's method.
         drift: when new images are called different.
-        tau: the share of its own weights that a device keeps at its first blend with a global model; 0 takes models as
-            they are. With FedEMA's .7 honest devices' updates point away from each other, and screening by their
-            direction (`min_cosine`) must be off.
+        tau: FedEMA's: the share of its own weights that a device keeps at its first blend with a global model; 0 takes
+            models as they are.
         steps_per_epoch: what the recipe's epochs (warm-up, frozen last layer, teacher temperature) mean here.
         save_every_steps: how much a power cut may cost.
         refresh_images: how many features of the memory a round takes anew at most.

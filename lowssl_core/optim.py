@@ -154,6 +154,12 @@ class OptimConfig:
             return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum, foreach=True)
         return torch.optim.AdamW(groups, lr=0.0, betas=(self.momentum, 0.999), foreach=True)
 
+    def warmup(self, steps_per_epoch: int) -> int:
+        """How many steps the warm-up takes."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((self.warmup_epochs or 0) * steps_per_epoch)
+
     def schedule(self, batch_size: int) -> "Schedule":
         """The learning rate and weight decay of each step, for a global batch of `batch_size`."""
         return Schedule(self, batch_size)
@@ -169,15 +175,12 @@ class Schedule:
     def learning_rate(self, progress: Progress) -> float:
         """Linear warm-up, then cosine, per step."""
         config = self.config
-        warmup = config.warmup_steps
-        if warmup is None:
-            warmup = round((config.warmup_epochs or 0) * progress.steps_per_epoch)
         return cosine(
             progress.step,
             progress.total_steps,
             config.base_lr * self.batch_size / 256,
             config.final_lr,
-            warmup_steps=min(warmup, progress.total_steps - 1),
+            warmup_steps=min(config.warmup(progress.steps_per_epoch), progress.total_steps - 1),
             warmup_start=config.warmup_start_lr,
         )
 

@@ -17,7 +17,7 @@ from client.arrivals import Arrivals, ArrivalsConfig
 from client.learner import Learner, TrainingDivergedError
 from client.learner_config import LearnerConfig
 from client.memory import MemoryConfig
-from client.rounds import Budget, RoundTask
+from client.rounds import Budget, Outcome, RoundTask
 from lowssl_core.backbones import BackboneConfig
 from lowssl_core.encoder import load_encoder
 from lowssl_core.errors import UserError
@@ -77,14 +77,17 @@ class Device:
             pixels = PHOTOS().read(7 * index)[..., ::-1]
             cv2.imwrite(str(self.root / "images" / f"{index:03d}.png"), pixels)
 
-    def run(self, number: int, arrived: np.ndarray | None = None, **task) -> None:
+    def run(self, number: int, arrived: np.ndarray | None = None, **task) -> Outcome:
         self.learner.begin_round(arrived, RoundTask(number=number, **task))
-        self.rest_of_round()
+        return self.rest_of_round()
 
-    def rest_of_round(self) -> None:
+    def rest_of_round(self) -> Outcome:
         for _ in self.learner.steps():
             pass
-        self.learner.finish_round()
+        return self.learner.finish_round()
+
+    def packed(self) -> np.ndarray:
+        return pack(self.learner.method.federated_state(), self.learner.manifest)
 
     def written(self) -> TensorFile:
         return read_tensors(self.root / "state" / "learner.safetensors")
@@ -128,7 +131,7 @@ def assert_same(one: Device, other: Device) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_power_lost_after_any_step_ends_with_the_bits_of_a_straight_run(tmp_path, name):
-    straight, lossy = (Device(tmp_path / kind, recipe_of(name)) for kind in ("straight", "lossy"))
+    straight, lossy = (Device(tmp_path / kind, recipe_of(name, warmup_steps=0)) for kind in ("straight", "lossy"))
     first, second = models(straight)
     rounds = ((0, 14, first), (1, 20, second))
     taken = 0
@@ -232,6 +235,7 @@ def test_a_later_one_is_blended_and_what_is_private_stays(tmp_path):
     device.receive(0, 20)
     first, second = models(device)
     device.run(1, first)
+    device.run(2, first)  # the first one was that of the warm-up
     learner = device.learner
     own = pack(learner.method.federated_state(), learner.manifest)
     private = {
@@ -239,7 +243,7 @@ def test_a_later_one_is_blended_and_what_is_private_stays(tmp_path):
         for name, value in learner.method.state_dict().items()
         if name.startswith(learner.method.private)
     }
-    plan = learner.begin_round(second, RoundTask(number=2))
+    plan = learner.begin_round(second, RoundTask(number=3))
     assert plan.mu == pytest.approx(0.7)
     trained = slice(learner.manifest.trained_size)
     blended = pack(learner.method.federated_state(), learner.manifest)
@@ -248,19 +252,29 @@ def test_a_later_one_is_blended_and_what_is_private_stays(tmp_path):
     assert all(torch.equal(learner.method.state_dict()[name], value) for name, value in private.items())
 
 
-def test_the_delta_leads_from_the_global_model_to_the_devices_own(device):
+def test_models_are_taken_whole_until_a_round_was_trained_past_the_warm_up(device):
+    device.receive(0, 12)
+    first, second = models(device)
+    assert [device.run(number, model).round.mu for number, model in ((1, first), (2, second))] == [0, 0]
+    assert device.run(3, first).round.mu == pytest.approx(0.7)
+
+
+def test_the_delta_is_what_the_round_s_training_changed(device):
     device.receive(0, 12)
     first, second = models(device)
     device.run(1, first)
     device.run(2, second)
     learner = device.learner
-    own = pack(learner.method.federated_state(), learner.manifest)
-    trained, delta = slice(learner.manifest.trained_size), learner.delta()
-    assert delta[trained].any()
-    np.testing.assert_allclose(second[trained] + delta[trained], own[trained], rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(delta[trained.stop :], own[trained.stop :])  # statistics are sent as they are
-    device.lose_power()
-    np.testing.assert_array_equal(device.learner.delta(), delta)
+    trained = slice(learner.manifest.trained_size)
+    np.testing.assert_allclose((second + learner.delta())[trained], device.packed()[trained], rtol=1e-5, atol=1e-6)
+    learner.begin_round(first, RoundTask(number=3))
+    blended = device.packed()
+    assert not np.allclose(blended[trained], first[trained])
+    assert not learner.delta()[trained].any()
+    for _ in learner.steps():
+        pass
+    assert learner.delta()[trained].any()
+    np.testing.assert_allclose((blended + learner.delta())[trained], device.packed()[trained], rtol=1e-5, atol=1e-6)
 
 
 def test_images_are_learned_once_and_then_remembered(device):
