@@ -9,6 +9,7 @@ import torch
 from federation_server import Site, site
 
 from lowssl_core.encoder import load_encoder
+from lowssl_core.errors import UserError
 from lowssl_core.evaluation.onnx_encoder import OnnxEncoder
 from lowssl_core.protocol.manifest import FloatArray, unpack
 from server.federation import orders
@@ -94,6 +95,27 @@ def test_a_round_becomes_a_version_with_its_lineage_and_serves(begun: Site) -> N
     assert make(begun, complete(begun.folder)) == "v3"
     with begun.registry() as registry:
         assert registry.version("v3").parent == "v2"
+
+
+def test_models_that_nothing_goes_on_from_are_removed_and_their_records_stay(
+    begun: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from server.registry import rounds
+
+    monkeypatch.setattr(rounds, "_KEPT_MODELS", 1)
+    for _ in range(3):
+        complete(begun.folder)
+    made = [make(begun, number) for number in (2, 3, 3)]
+    assert made == ["v2", "v3", "v3"]
+    history, operation = History(begun.folder), Operation.load(begun.folder)
+    assert [record.version for record in history.records()] == [0, 1, 2, 3]
+    assert [number for number in range(4) if history.has_model(number)] == [0, 2, 3]
+    assert history.last().record.version == 3
+    with pytest.raises(UserError, match="round 1 has no model any more"):
+        make(begun, 1)
+    assert operation is not None
+    with begun.registry() as registry:
+        assert next_round(registry.versions(), begun.folder, operation) is None, "it is not asked for again and again"
 
 
 def test_a_model_that_has_collapsed_is_refused_kept_and_shown(begun: Site) -> None:

@@ -139,6 +139,19 @@ class History:
             return None
         return Completed(_record(tree["record"]), flat, carried, tree["screening"])
 
+    def has_model(self, version: int) -> bool:
+        """Whether a round's model is there, whole or not; `prune` removes old ones."""
+        return (self._folder / _name(version) / _MODEL).exists()
+
+    def prune(self, before: int) -> None:
+        """Remove the models of rounds before one, which nothing goes on from any more; their records stay.
+
+        The model that the federation began with stays: it tells one federation from another.
+        """
+        for version in self._versions():
+            if 0 < version < before:
+                (self._folder / _name(version) / _MODEL).unlink(missing_ok=True)
+
     def records(self) -> list[Record]:
         """How each version came about, in order."""
         records = []

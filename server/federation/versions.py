@@ -25,7 +25,7 @@ def next_round(versions: Iterable[Version], folder: Path, operation: Operation) 
     made = rounds_made(versions, history.run)
     last_ordered = orders.ordered(folder)
     for number in range(1, history.newest() + 1):
-        if number not in made and (number % every == 0 or number == last_ordered):
+        if number not in made and (number % every == 0 or number == last_ordered) and history.has_model(number):
             return number
     # Killed after it was added: an older one than others is left alone, or it would replace them.
     newest = max(made, default=0)

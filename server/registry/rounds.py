@@ -25,6 +25,8 @@ from server.registry.registry import Registry
 from server.registry.report import Check, GateReport
 from server.registry.version import ENCODER, ONNX, UnknownVersionError, Version
 
+# So many of the last rounds' models are kept for `lowssl federation version`; a model is up to 85 MB.
+_KEPT_MODELS = 50
 # Of a version whose model cannot be exported: the key of its facts that says why.
 _REFUSAL = "refusal"
 _NO_STEP: Callable[[str], None] = lambda _: None  # noqa: E731 - a default, said once
@@ -52,7 +54,8 @@ def make_version(
         on_step: called with what is being done, a few words.
 
     Raises:
-        UserError: no such round, or what the gate and the registry raise; calling again goes on from there.
+        UserError: no such round, its model is not kept, or what the gate and the registry raise; calling again goes on
+            from there.
     """
     history, operation = History(folder), Operation.load(folder)
     if operation is None:
@@ -60,10 +63,11 @@ def make_version(
     with _alone(folder):
         made = rounds_made(registry.versions(), history.run)
         version = made.get(number)
+        history.prune(max(made, default=0) - _KEPT_MODELS)
         if version is None:
             completed = history.load(number)
             if completed is None or number == 0:
-                raise UserError(f"there is no completed round {number}; the last one is {history.newest()}")
+                raise UserError(_absent(number, history.newest()))
             parent = _parent(registry, made, number, operation)
             version = _add(registry, folder, completed, operation, parent, who, on_step)
         if version.state != "candidate":
@@ -73,6 +77,12 @@ def make_version(
         if not operation.versions.promote:
             return version
         return judge_and_promote(registry, version.name, settings, who=who, why=_why(number), on_step=on_step)[0]
+
+
+def _absent(number: int, newest: int) -> str:
+    if 0 < number <= newest:
+        return f"round {number} has no model any more, or it is broken; those of the last {_KEPT_MODELS} are kept"
+    return f"there is no completed round {number}; the last one is {newest}"
 
 
 def _add(
