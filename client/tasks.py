@@ -96,8 +96,6 @@ class TaskLearner:
             raise BadUpdate(f"task: of another recipe (there, here): {'; '.join(changed)}")
         if task.manifest != learner.manifest.hash:
             raise BadUpdate("task: its manifest is of another model")
-        if task.base_version is not None:
-            raise BadUpdate("task: a difference from an earlier model; a whole model is wanted")
         return learner
 
     def _update(self, learner: Learner, task: Task, outcome: Outcome) -> Update:

@@ -115,7 +115,6 @@ def test_a_task_that_cannot_be_done_is_refused_with_the_reason(answering, tmp_pa
         ({"manifest": "0" * 64}, "task: its manifest is of another model"),
         ({"recipe": recipe | {"alpha": 0.2}}, "task: of another recipe .there, here.: alpha: 0.2, 0.4"),
         ({"recipe": recipe | {"speed": 1}}, "task: recipe: unknown key speed"),
-        ({"base_version": 0}, "a whole model is wanted"),
         ({"payload": b"short"}, "payload"),
     ):
         with pytest.raises(BadUpdate, match=said):

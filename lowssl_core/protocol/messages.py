@@ -31,8 +31,7 @@ class Task:
     Attributes:
         round: the federation's round.
         run: which of the server's runs it belongs to.
-        version: the model version that the payload brings the device to.
-        base_version: the version that the payload is a delta from; None: it is the whole model.
+        version: of the model in the payload.
         manifest: hash of the manifest that both sides go by.
         recipe: the recipe, a tree of plain values.
         codec: how the update is to be encoded.
@@ -45,7 +44,6 @@ class Task:
     round: int
     run: str
     version: int
-    base_version: int | None = None
     manifest: str
     recipe: Mapping[str, Any]
     codec: Codec = "int8"
@@ -55,7 +53,7 @@ class Task:
     payload: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
-        _check_counts(round=self.round, version=self.version, base_version=self.base_version)
+        _check_counts(round=self.round, version=self.version)
         _check_texts(_NAME, run=self.run)
         _check_texts(_HASH, manifest=self.manifest)
         if self.codec not in CODECS:
@@ -226,9 +224,9 @@ def _value(kind: Any, value: Any, name: str) -> object:
     return value
 
 
-def _check_counts(**counts: int | None) -> None:
+def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
-        if value is not None and not 0 <= value <= _LARGEST:
+        if not 0 <= value <= _LARGEST:
             raise BadUpdate(f"{name} is out of range; it is a whole number from 0")
 
 
