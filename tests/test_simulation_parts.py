@@ -118,7 +118,7 @@ def test_federations_are_read_strictly():
     for override, said in {
         "rounds.speed=3": "federation: unknown key rounds.speed",
         "aggregator.name=mode": "federation: aggregator.name is 'mode'; it is one of fedavg",
-        "aggregator.momentum=2": "federation: momentum is 2",
+        "aggregator.momentum=2": "federation: aggregator.momentum is 2",
         "rounds=3": "federation: rounds is 3; it is a table",
         "aggregator.name=private_mean": "federation: privacy is given exactly where",
     }.items():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,31 +43,43 @@ class _Sections:
 
 
 def read_plan(path: Path) -> PlanFile:
-    """Read a plan; each table, `rounds`, `screening`, `aggregator`, `privacy`, `schedule`, `versions`, may be absent.
+    """Read a plan's file.
 
     Raises:
-        UserError: no such file, an unknown key, a wrong type, or a value out of range, with the key's full path.
+        UserError: no such file, or what `take_plan` raises.
     """
-    from lowssl_core.recipe import build_dataclass  # with torch, which the server itself does without
-
     try:
         tree = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"plan {path}: {getattr(error, 'strerror', None) or error}") from None
-    table = tree.pop("aggregator", {})
     try:
-        aggregator = _aggregator(table, build_dataclass)
-        sections = build_dataclass(_Sections, tree)
+        return take_plan(tree)
+    except UserError as error:
+        raise UserError(f"plan {path}: {error}") from None
+
+
+def take_plan(tree: Mapping[str, Any]) -> PlanFile:
+    """A plan from its tables `rounds`, `screening`, `aggregator`, `privacy`, `schedule`, `versions`; each may be absent.
+
+    Raises:
+        UserError: an unknown key, a wrong type, or a value out of range, with the key's full path.
+    """
+    from lowssl_core.recipe import build_dataclass  # with torch, which the server itself does without
+
+    rest = {key: table for key, table in tree.items() if key != "aggregator"}
+    try:
+        aggregator = _aggregator(tree.get("aggregator", {}), build_dataclass)
+        sections = build_dataclass(_Sections, rest)
         plan = Plan(
             rounds=sections.rounds,
-            screening=_screening(sections, tree.get("screening", {})),
+            screening=_screening(sections, rest.get("screening", {})),
             privacy=sections.privacy,
             aggregator=aggregator,
         )
     except ValueError as error:  # a UserError of the reader, or what Plan refuses
         tables = ", ".join(["aggregator", *(entry.name for entry in dataclasses.fields(_Sections))])
         said = _words(error).partition("; the recipe has ")
-        raise UserError(f"plan {path}: {said[0]}" + (f"; a plan has {tables}" if said[1] else "")) from None
+        raise UserError(said[0] + (f"; a plan has {tables}" if said[1] else "")) from None
     return PlanFile(plan=plan, schedule=sections.schedule, versions=sections.versions)
 
 

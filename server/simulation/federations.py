@@ -2,28 +2,20 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lowssl_core.errors import UserError
-from lowssl_core.recipe import build_dataclass, read_tree, recipe_names
-from server.aggregation import AGGREGATORS
-from server.aggregation.screening import ScreeningConfig
-from server.federation.plan import Plan, PrivacyConfig, RoundsConfig
+from lowssl_core.recipe import read_tree, recipe_names
+from server.federation.plan import Plan
+from server.federation.plans import take_plan
 
 PACKAGE = "server.simulation"
 PREFIX = "federation."
+# A plan's tables but for those that only a server works by, and the devices'.
+_TABLES = ("rounds", "screening", "aggregator", "privacy", "learner")
 # A simulated round is over when all devices have answered, however long that takes.
 _NO_DEADLINE = 1e9
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sections:
-    """The file's tables but for the aggregator's, whose keys depend on its name."""
-
-    rounds: RoundsConfig = field(default_factory=lambda: RoundsConfig(min_devices=1))
-    screening: ScreeningConfig = field(default_factory=ScreeningConfig)
-    privacy: PrivacyConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,33 +54,19 @@ def read_federation(name_or_path: str, overrides: Sequence[str]) -> FederationSe
     """
     try:
         tree = read_tree(name_or_path, overrides, package=PACKAGE)
-        learner = _table(tree, "learner")
-        aggregator = _table(tree, "aggregator")
-        name = aggregator.pop("name", "fedavg")
-        if name not in AGGREGATORS:
-            raise UserError(f"recipe: aggregator.name is {name!r}; it is one of {', '.join(AGGREGATORS)}")
-        rounds = _table(tree, "rounds")
-        tree["rounds"] = {"min_devices": 1} | rounds | {"seconds": _NO_DEADLINE}
-        sections = build_dataclass(_Sections, tree)
-        plan = Plan(
-            rounds=sections.rounds,
-            screening=sections.screening,
-            privacy=sections.privacy,
-            aggregator=build_dataclass(AGGREGATORS[name], aggregator),
-        )
-    except ValueError as error:  # a UserError of the reader, or what Plan refuses
-        said = (
-            str(error)
-            .removeprefix("recipe")
-            .removeprefix(":")
-            .replace("the recipe has", "it has aggregator, learner,", 1)
-        )
-        raise UserError(f"federation: {said.strip()}") from None
+        for key in tree:
+            if key not in _TABLES:
+                raise UserError(f"unknown key {key}; it has {', '.join(_TABLES)}")
+        rounds, learner = _table(tree, "rounds"), _table(tree, "learner")
+        rounds = {"min_devices": 1} | rounds | {"seconds": _NO_DEADLINE}
+        plan = take_plan({key: table for key, table in tree.items() if key != "learner"} | {"rounds": rounds}).plan
+    except UserError as error:
+        raise UserError(f"federation: {str(error).removeprefix('recipe').removeprefix(':').strip()}") from None
     return FederationSettings(plan=plan, learner=learner)
 
 
-def _table(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    table = tree.pop(name, {})
+def _table(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    table = tree.get(name, {})
     if not isinstance(table, dict):
-        raise UserError(f"recipe: {name} is {table!r}; it is a table")
+        raise UserError(f"{name} is {table!r}; it is a table")
     return table
