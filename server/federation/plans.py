@@ -59,7 +59,7 @@ def read_plan(path: Path) -> PlanFile:
 
 
 def take_plan(tree: Mapping[str, Any]) -> PlanFile:
-    """A plan from its tables `rounds`, `screening`, `aggregator`, `privacy`, `schedule`, `versions`; each may be absent.
+    """A plan from its tables `rounds`, `screening`, `aggregator`, `privacy`, `schedule`, `versions`; any may be absent.
 
     Raises:
         UserError: an unknown key, a wrong type, or a value out of range, with the key's full path.
