@@ -66,7 +66,8 @@ class Agent:
             after an OSError (a full disk): what a learner holds is then not what is on disk.
         folder: of the agent's state: the socket, the last replies, and whether it is paused.
         waiting: why work must wait now, in words; nothing if it may go on. Asked between two steps.
-        at_leisure: small work, done by the thread that calls `run` while there is no task, now and then.
+        at_leisure: small work, done by the thread that calls `run` after each task, and while there is none now and
+            then.
         leisure_seconds: how often.
         about: what else its status tells. Called from another thread.
     """
@@ -110,17 +111,20 @@ class Agent:
 
     def run(self) -> None:
         """Work on tasks as they come, until `close`."""
+        pause = self._leisure_seconds
         while True:
             with self._changed:
                 if self._work is None and not self._is_closed:
-                    self._changed.wait(self._leisure_seconds)
+                    self._changed.wait(pause)
                 work = self._work
                 if self._is_closed:
                     self._finish(work, failure=_STOPPED)
                     return
             if work is None:
                 self._take_leisure()
+                pause = self._leisure_seconds
                 continue
+            pause = 0.0
             try:
                 update = self._train(work)
             except _Ended as end:

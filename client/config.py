@@ -7,6 +7,7 @@ from pathlib import Path
 from client.arrivals import ArrivalsConfig
 from client.conditions import ConditionsConfig
 from client.learner_config import LearnerConfig
+from client.throttle import MIN_BYTES_PER_SECOND
 from lowssl_core.errors import UserError
 from lowssl_core.recipe import build_dataclass
 
@@ -20,11 +21,13 @@ class CapsConfig:
         memory_bytes: that it may allocate, with its libraries (about 1 GB before any training); absent: no limit. The
             kernel holds it to that: a step beyond it fails, the round is given up, the agent stays.
         niceness: 0 to 19, how far other programs go first.
+        bytes_per_second: that go to the server, and as many that come from it, with TLS; absent: no limit.
     """
 
     threads: int | None = None
     memory_bytes: int | None = None
     niceness: int = 10
+    bytes_per_second: int | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -33,6 +36,10 @@ class CapsConfig:
             raise ValueError(f"memory_bytes is {self.memory_bytes}; it is a whole number from {2**20:,}")
         if not 0 <= self.niceness <= 19:
             raise ValueError(f"niceness is {self.niceness}; it is a whole number from 0 to 19")
+        if self.bytes_per_second is not None and self.bytes_per_second < MIN_BYTES_PER_SECOND:
+            raise ValueError(
+                f"bytes_per_second is {self.bytes_per_second}; it is a whole number from {MIN_BYTES_PER_SECOND:,}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,14 @@ NEW, LEARNED, BAD = range(3)
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """All that is known of a folder: `new` and `learned` images, images or files `set_aside`, and `files`."""
+    """All that is known of a folder.
+
+    Attributes:
+        new: images that are there and were not learned from.
+        learned: images learned from, there or gone.
+        set_aside: images or files that cannot be used.
+        files: in the folder.
+    """
 
     new: int
     learned: int
@@ -25,7 +32,13 @@ class Counts:
 
 def count_arrivals(index: sqlite3.Connection) -> Counts:
     """How many images and files of each kind the index of arrivals knows."""
-    by_state = dict(index.execute("SELECT state, count(*) FROM contents GROUP BY state"))
+    by_state = dict(
+        index.execute(
+            "SELECT state, count(*) FROM contents"
+            " WHERE state != ? OR EXISTS (SELECT 1 FROM files WHERE content = contents.id) GROUP BY state",
+            (NEW,),
+        )
+    )
     ((unread,),) = index.execute("SELECT count(*) FROM files WHERE reason != ''")
     ((files,),) = index.execute("SELECT count(*) FROM files")
     return Counts(
@@ -53,8 +66,8 @@ def count_memory(memory: sqlite3.Connection) -> dict[str, int]:
     return {"images": by_stage.get(0, 0), "staged": by_stage.get(1, 0)}
 
 
-def read_tally(path: Path) -> dict[str, Any]:
-    """What a tally's file says; nothing where there is none, or it is damaged."""
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a small file of facts (JSON) says; nothing where there is none, or it is damaged."""
     with contextlib.suppress(OSError, ValueError):
         facts = json.loads(path.read_bytes())
         if isinstance(facts, dict):

@@ -30,7 +30,7 @@ def train(message: Message, context: Context) -> Message:
         return _refusal(str(error), message, ErrorCode.CLIENT_APP_CRASHED)
     if not answer.header.get("ok"):
         return _refusal(str(answer.header.get("reason")), message)
-    # An array, because arrays travel in pieces of 5 MB, each tried again.
+    # An array, because arrays travel in parts, each tried again.
     array = Array(dtype="uint8", shape=(len(answer.body),), stype="bytes", data=answer.body)
     return Message(RecordDict({_KEY: ArrayRecord({_KEY: array})}), reply_to=message)
 

@@ -1,13 +1,12 @@
 """Joining a federation: the server's certificate is pinned, the device's key registered, the server remembered."""
 
-import http.client
-import json
 import ssl
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from client.calls import Server, parse_url, post
 from client.folder import Joined, read_joined, write_joined
 from client.identity import PINNED, open_identity, pin_server
 from lowssl_core.errors import UserError
@@ -15,45 +14,24 @@ from lowssl_core.files import write_atomically
 
 AUTHORITY = "authority.pem"
 _PATH = "/v1/devices"
-_PORT = 443
 _SECONDS = 30.0
-_MAX_ANSWER = 65_536
-
-
-@dataclass(frozen=True)
-class Server:
-    """A server's place in the network.
-
-    Attributes:
-        host: name or address, without brackets.
-        port: of its public port.
-    """
-
-    host: str
-    port: int
-
-    @property
-    def address(self) -> str:
-        """HOST:PORT, as Flower takes it."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def parse_url(url: str) -> Server:
-    """A server's place from "https://HOST:PORT"; UserError says what is wrong with it."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port or _PORT
-    except ValueError as error:
-        raise UserError(f"{url}: {error}; a server's URL is https://HOST:PORT") from None
-    if parts.scheme != "https" or not parts.hostname or parts.username or parts.path.strip("/") or parts.query:
-        raise UserError(f"{url}: a server's URL is https://HOST:PORT")
-    return Server(parts.hostname, port)
+_PATIENCE_SECONDS = 60.0  # a server that has just started takes devices after some 15
+_PAUSE_SECONDS, _LONGEST_PAUSE = 5.0, 30.0
 
 
 def join(
-    folder: Path, url: str, token: str, *, name: str, fingerprint: str | None = None, authority: Path | None = None
+    folder: Path,
+    url: str,
+    token: str,
+    *,
+    name: str,
+    fingerprint: str | None = None,
+    authority: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Joined:
     """Make this device one of a server's; joining again is harmless.
+
+    A server that is not ready yet (503) is asked again for a minute, as often as it wants to be.
 
     Without fingerprint and authority the certificate that the server shows at the first time is trusted.
 
@@ -64,6 +42,7 @@ def join(
         name: what people call the device.
         fingerprint: sha256 that the server's certificate must have, hexadecimal, colons allowed.
         authority: certificate of the authority that signs the server's, to be trusted instead.
+        say: is told, in a line, that it waits for the server.
 
     Raises:
         UserError: no such server, another certificate, a token that is not taken, a key that is already in use for
@@ -82,7 +61,7 @@ def join(
         if before is None:  # what is pinned is of a server that was not joined in the end
             (folder / PINNED).unlink(missing_ok=True)
         certificate = pin_server(folder, server.host, server.port, fingerprint=_checked(fingerprint))
-    answer = _register(server, certificate, {"token": token, "public_key": identity.public, "name": name})
+    answer = _register(server, certificate, {"token": token, "public_key": identity.public, "name": name}, say)
     if answer.get("device") != identity.device:
         raise UserError(f"{url} calls this device {answer.get('device')!r}, its key says {identity.device}")
     address = answer.get("address") or server.address
@@ -120,32 +99,25 @@ def _take_authority(folder: Path, path: Path) -> Path:
     return folder / AUTHORITY
 
 
-def _register(server: Server, certificate: Path, body: dict[str, str]) -> dict[str, Any]:
+def _register(server: Server, certificate: Path, body: dict[str, str], say: Callable[[str], None]) -> dict[str, Any]:
     """The server's answer to a device that wants to join."""
-    context = ssl.create_default_context(cafile=str(certificate))
-    connection = http.client.HTTPSConnection(server.host, server.port, timeout=_SECONDS, context=context)
-    try:
-        connection.request("POST", _PATH, json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        status, data = response.status, response.read(_MAX_ANSWER)
-    except ssl.SSLCertVerificationError as error:
-        raise UserError(f"{server.address}: its certificate is not trusted: {error.verify_message}") from None
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{server.address} cannot be reached: {reason}") from None
-    finally:
-        connection.close()
-    try:
-        answer = json.loads(data)
-    except ValueError:
-        answer = None
-    if status in (201, 409) and isinstance(answer, dict) and "device" in answer:
-        return answer  # 409: this key is registered already
-    match status:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    is_waiting = False
+    while True:
+        answer = post(server, certificate, _PATH, body, seconds=_SECONDS)
+        pause = min(_PAUSE_SECONDS if answer.retry_after is None else max(1.0, answer.retry_after), _LONGEST_PAUSE)
+        if answer.status != 503 or time.monotonic() + pause > deadline:
+            break
+        if not is_waiting:
+            is_waiting = True
+            say(f"{server.address} is not ready ({answer.said}): waiting for up to {_PATIENCE_SECONDS:.0f} seconds")
+        time.sleep(pause)
+    if answer.status in (201, 409) and "device" in answer.content:
+        return answer.content  # 409: this key is registered already
+    match answer.status:
         case 401:
             raise UserError(f"{server.address} does not take the token: it is wrong, expired or used up")
         case 404 | 405:
             raise UserError(f"{server.address} takes no devices: is it a lowssl-server with a federation?")
         case _:
-            said = answer.get("detail", "") if isinstance(answer, dict) else ""
-            raise UserError(f"{server.address} answered {status} {said}".rstrip())
+            raise UserError(f"{server.address} answered {answer.said}")

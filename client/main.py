@@ -43,7 +43,12 @@ def _parser() -> argparse.ArgumentParser:
 
     join = add("join", _join, "Make this device one of a server's.")
     join.add_argument("url", metavar="URL", help="the server, https://HOST:PORT")
-    join.add_argument("--token", required=True, metavar="T", help="from the server: lowssl federation token")
+    join.add_argument(
+        "--token",
+        required=True,
+        metavar="T",
+        help="from the server: lowssl federation token; - reads it from standard input, out of the list of processes",
+    )
     join.add_argument(
         "--name", metavar="TEXT", default=socket.gethostname(), help="what people call it (default: %(default)s)"
     )
@@ -68,10 +73,11 @@ def _join(arguments: argparse.Namespace) -> int:
     joined = join(
         folder,
         arguments.url,
-        arguments.token,
+        _read_token() if arguments.token == "-" else arguments.token,
         name=arguments.name,
         fingerprint=arguments.fingerprint,
         authority=arguments.ca,
+        say=lambda line: print(f"lowssl-client join: {line}", file=sys.stderr, flush=True),
     )
     print(f"{joined.name} ({joined.device}) has joined {joined.url}")
     kind = "authority" if arguments.ca else "certificate"
@@ -80,6 +86,13 @@ def _join(arguments: argparse.Namespace) -> int:
     if arguments.fingerprint is None and arguments.ca is None:
         print("compare it with what the server shows: lowssl federation status")
     return 0
+
+
+def _read_token() -> str:
+    token = sys.stdin.readline().strip()
+    if not token:
+        raise UserError("--token -: no token came on standard input; expected one line")
+    return token
 
 
 def _run(arguments: argparse.Namespace) -> int:

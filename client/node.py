@@ -3,18 +3,21 @@
 import os
 import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from client.folder import SOCKET as SOCKET_NAME
 from client.identity import Identity
-from lowssl_core.processes import KeptProcess, programs_path
+from client.throttle import Throttle
+from lowssl_core.processes import KeptProcess, clear_installed, programs_path
 
 _HOST = "127.0.0.1"
 # What flower-supernode writes when it starts, and when the server has let it in.
 _BEGINS, _CONNECTED = "Starting Flower SuperNode", "SuperNode ID:"
 _LAST_LINES = 500
+_PART_BYTES, _PART_SECONDS = 2**20, 5
 _FAILURE = re.compile(r"\bfailed\b|ERROR|WARN", re.IGNORECASE)
 _COLOR, _LEVEL = re.compile(r"\x1b\[[0-9;]*m"), re.compile(r"^(ERROR|WARNING)\s*:\s*")
 _AGENT = "LOWSSL_AGENT"  # as in client.flower, which imports Flower
@@ -32,11 +35,20 @@ class Node:
         identity: the device's.
         folder: of the device; the agent's socket is in it, Flower's files are below `folder/flower`.
         certificate: that the server's is checked by: its own, or its authority's; None: the well-known authorities.
+        throttle: what the server is reached by; None: directly. Proxies of the environment are not used.
     """
 
-    def __init__(self, server: str, identity: Identity, folder: Path, *, certificate: Path | None = None) -> None:
+    def __init__(
+        self,
+        server: str,
+        identity: Identity,
+        folder: Path,
+        *,
+        certificate: Path | None = None,
+        throttle: Throttle | None = None,
+    ) -> None:
         home = folder.resolve() / "flower"
-        home.mkdir(parents=True, exist_ok=True)
+        temporary = clear_installed(home)
         home.chmod(0o700)
         roots = [] if certificate is None else ["--root-certificates", str(certificate)]
         self.process = KeptProcess(
@@ -47,9 +59,11 @@ class Node:
                 *("--host", _HOST, "--port", str(_free_port())),
             ],
             environment={
-                **os.environ,
+                **_without_proxies(os.environ),
+                **_sending(throttle),
                 "PATH": programs_path(),
                 "FLWR_HOME": str(home),
+                "TMPDIR": str(temporary),
                 "FLWR_TELEMETRY_ENABLED": "0",
                 "FLWR_DISABLE_UPDATE_CHECK": "1",
                 _AGENT: str(folder.resolve() / SOCKET_NAME),
@@ -82,6 +96,27 @@ class Node:
     def stop(self) -> None:
         """End the connection and everything that serves it."""
         self.process.stop()
+
+
+def _without_proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment less its proxies: joining goes by none, and Flower's calls on this machine must not."""
+    return {name: value for name, value in environment.items() if not name.lower().endswith("_proxy")}
+
+
+def _sending(throttle: Throttle | None) -> dict[str, str]:
+    """Flower's settings for a way that may be slow: in small parts, one after the other, and through the throttle.
+
+    Flower gives each part 30 seconds and tries it again for ever; its own parts of 5 MiB, two at a time, never get
+    through below some 350 kB/s. What has been sent of a message is thrown away 180 seconds after its last part.
+    """
+    part, proxy = _PART_BYTES, {}
+    if throttle is not None:
+        part, proxy = min(part, _PART_SECONDS * throttle.bytes_per_second), {"HTTPS_PROXY": throttle.url}
+    return {
+        "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(part),
+        "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1",
+        **proxy,
+    }
 
 
 def _free_port() -> int:

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import cv2
@@ -15,14 +14,17 @@ import torch
 
 from client.agent import Agent
 from client.arrivals import Arrivals
+from client.calls import parse_url
 from client.conditions import Conditions
 from client.config import CapsConfig, DeviceConfig
 from client.connection import Connection
-from client.folder import Joined
+from client.folder import NEWS, PAUSED, Joined
 from client.identity import open_identity
 from client.learner import Learner
+from client.news import News
 from client.node import Node
 from client.tasks import TaskLearner
+from client.throttle import Throttle
 from lowssl_core.recipe import Recipe
 
 _LOG = logging.getLogger(__name__)
@@ -46,7 +48,8 @@ def run(images: Path, folder: Path, joined: Joined, config: DeviceConfig) -> Non
     """
     _log_to_stderr()
     _keep_to(config.caps)
-    identity = open_identity(folder)
+    identity, certificate = open_identity(folder), folder / joined.certificate
+    news = News(parse_url(joined.url), certificate, identity, folder / NEWS)
     conditions = config.conditions.build(folder)
     metered = Conditions([config.conditions.metered.build(Path("/"))])
     with ExitStack() as stack:
@@ -55,17 +58,25 @@ def run(images: Path, folder: Path, joined: Joined, config: DeviceConfig) -> Non
         def open_learner(recipe: Recipe) -> Learner:
             return Learner(recipe, config.learner, arrivals, folder)
 
+        def look_for_images() -> None:
+            arrivals.rescan(_FILES_AT_ONCE)
+            if not (folder / PAUSED).exists():  # a round that is ordered for its sake would wait for it
+                news.tell(arrivals.counts().new)
+
+        cap = config.caps.bytes_per_second
+        throttle = None if cap is None else stack.enter_context(Throttle(joined.address, cap))
         connection = Connection(
-            lambda: Node(joined.address, identity, folder, certificate=folder / joined.certificate), metered.waiting
+            lambda: Node(joined.address, identity, folder, certificate=certificate, throttle=throttle),
+            metered.waiting,
         )
         agent = stack.enter_context(
             Agent(
                 lambda: TaskLearner(open_learner, identity.device, folder),
                 folder,
                 waiting=conditions.waiting,
-                at_leisure=partial(arrivals.rescan, _FILES_AT_ONCE),
+                at_leisure=look_for_images,
                 leisure_seconds=config.rescan_seconds,
-                about=lambda: {"pid": os.getpid(), "connection": connection.status()},
+                about=lambda: {"pid": os.getpid(), "connection": connection.status(), "news": news.status()},
             )
         )
         _stop_on_signals(agent)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from client.channel import ChannelError, Frame, ask
-from client.contents import count_arrivals, count_memory, list_set_aside, looked_at, read_tally
-from client.folder import ARRIVALS, MEMORY, PAUSED, SOCKET, TALLY, read_joined
+from client.contents import count_arrivals, count_memory, list_set_aside, looked_at, read_facts
+from client.folder import ARRIVALS, MEMORY, NEWS, PAUSED, SOCKET, TALLY, read_joined
 
 _SECONDS = 10.0
 _SET_ASIDE = 20
@@ -18,7 +18,7 @@ def look(folder: Path) -> dict[str, Any]:
     """Everything that is known of a device, as plain values.
 
     Keys: `joined` (or None), `agent` (what it answered, or None where none runs), `problem` (why it did not answer),
-    `paused`, `images`, `memory`, `rounds`.
+    `paused`, `images`, `memory`, `news` (what the server was told last of new images), `rounds`.
     """
     joined = read_joined(folder)
     agent, problem = None, ""
@@ -34,14 +34,20 @@ def look(folder: Path) -> dict[str, Any]:
         "paused": (folder / PAUSED).exists(),
         "images": _images(folder / ARRIVALS),
         "memory": _memory(folder / MEMORY),
-        "rounds": read_tally(folder / TALLY),
+        "news": read_facts(folder / NEWS),
+        "rounds": read_facts(folder / TALLY),
     }
 
 
 def describe(facts: dict[str, Any], now: datetime | None = None) -> str:
     """What `look` found, for people."""
     now = now or datetime.now(UTC)
-    rows = [*_about_device(facts), *_about_images(facts), *_about_rounds(facts["rounds"], now)]
+    rows = [
+        *_about_device(facts),
+        *_about_images(facts),
+        *_about_news(facts, now),
+        *_about_rounds(facts["rounds"], now),
+    ]
     return "\n".join(f"{name:<11} {text}".rstrip() for name, text in rows)
 
 
@@ -87,6 +93,17 @@ def _about_images(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if memory is not None:
         rows.append(("memory", f"{memory['images']:,} images, {memory['bytes'] / 1e6:,.1f} MB"))
     return rows
+
+
+def _about_news(facts: dict[str, Any], now: datetime) -> list[tuple[str, str]]:
+    news, agent = facts["news"], facts["agent"] or {}
+    rows = []
+    if news:
+        images = "1 new image" if news["new_images"] == 1 else f"{news['new_images']:,} new images"
+        rows.append(f"the server was told of {images} {_ago(news['at'], now)}")
+    if trouble := agent.get("news", {}).get("trouble"):
+        rows.append(f"not told{' since' if news else ''}: {trouble}")
+    return [("news" if index == 0 else "", row) for index, row in enumerate(rows)]
 
 
 def _about_rounds(rounds: dict[str, Any], now: datetime) -> list[tuple[str, str]]:

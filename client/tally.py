@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from client.contents import read_tally
+from client.contents import read_facts
 from lowssl_core.files import write_atomically
 from lowssl_core.protocol.messages import Update
 
@@ -21,7 +21,7 @@ class Tally:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._facts: dict[str, Any] = {"answered": 0, "refused": 0, "last": None, "error": None} | read_tally(path)
+        self._facts: dict[str, Any] = {"answered": 0, "refused": 0, "last": None, "error": None} | read_facts(path)
 
     def as_dict(self) -> dict[str, Any]:
         """The counts, and when and what was last."""

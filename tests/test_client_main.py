@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -12,8 +13,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,6 +27,7 @@ from client.arrivals import Arrivals, ArrivalsConfig
 from client.config import load_config
 from client.folder import locked
 from client.main import main
+from client.showing import describe, look
 from lowssl_core.errors import UserError
 from server.federation.certificates import Certificate, open_certificate
 
@@ -44,9 +48,12 @@ class Site:
     certificate: Certificate
     port: int
     bodies: list[dict[str, str]] = field(default_factory=list)
+    news: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     devices: list[str] = field(default_factory=list)
     address: str | None = None
     fixed: tuple[int, bytes] | None = None
+    busy: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -59,6 +66,12 @@ class Site:
     def answer(self, path: str, body: dict[str, str]) -> tuple[int, bytes]:
         if self.fixed:
             return self.fixed
+        if self.busy:
+            self.busy -= 1
+            return 503, b'{"detail": "the federation is not up; try again"}'
+        if path.endswith("/news"):
+            self.news.setdefault(path.split("/")[3], []).append(body)
+            return 200, b"{}"
         if path != "/v1/devices":
             return 404, b"{}"
         self.bodies.append(body)
@@ -80,6 +93,8 @@ def site_at(folder: Path, hosts: tuple[str, ...] = ("127.0.0.1",)) -> Iterator[S
             status, data = site.answer(self.path, json.loads(self.rfile.read(int(self.headers["content-length"]))))
             self.send_response(status)
             self.send_header("content-length", str(len(data)))
+            for name, value in site.headers.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
 
@@ -233,6 +248,34 @@ def test_a_server_that_answers_otherwise_is_quoted(tmp_path, site, capsys, statu
     assert not (tmp_path / "device" / "joined.json").exists()
 
 
+def test_a_server_that_is_starting_is_waited_for_and_the_token_comes_by_standard_input(
+    tmp_path, site, capsys, monkeypatch
+):
+    site.busy, site.headers = 2, {"Retry-After": "1"}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TOKEN}\n"))
+    assert join(tmp_path / "device", site, token="-") == 0
+    told = capsys.readouterr()
+    assert told.err == (
+        f"lowssl-client join: 127.0.0.1:{site.port} is not ready (503 the federation is not up; try again):"
+        " waiting for up to 60 seconds\n"
+    )
+    assert "has joined" in told.out
+    assert [body["token"] for body in site.bodies] == [TOKEN]
+    assert join(tmp_path / "other", site, token="-") == 2
+    assert "--token -: no token came on standard input" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("headers", [{"Retry-After": "5"}, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, {}])
+def test_a_server_that_stays_busy_is_given_up_with_its_own_words(tmp_path, site, capsys, monkeypatch, headers):
+    monkeypatch.setattr("client.joining._PATIENCE_SECONDS", 2.0)  # a minute else
+    site.busy, site.headers = 1000, headers
+    assert join(tmp_path / "device", site) == 2
+    error = capsys.readouterr().err
+    assert error == f"lowssl-client join: 127.0.0.1:{site.port} answered 503 the federation is not up; try again\n"
+    assert site.busy == 999, "it did not ask again beyond its patience"
+
+
 def test_a_device_belongs_to_one_server(tmp_path, site, capsys):
     assert join(tmp_path / "device", site) == 0
     assert main(["join", "https://127.0.0.1:1", "--token", TOKEN, "--folder", str(tmp_path / "device")]) == 2
@@ -268,6 +311,7 @@ def test_a_second_agent_is_refused_with_the_first_ones_process(tmp_path, site, c
         ("[learner.memory]\nmax_byte = 1", "unknown key learner.memory.max_byte"),
         ("[caps]\nthreads = 0", "caps.threads is 0; it is a whole number from 1"),
         ("[caps]\nniceness = 20", "caps.niceness is 20"),
+        ("[caps]\nbytes_per_second = 19_999", "caps.bytes_per_second is 19999; it is a whole number from 20,000"),
         ("[caps]\nthreads = 'all'", "caps.threads is 'all'; it is a whole number"),
         ("[conditions.quiet_hours]\nstart = 'late'", "conditions.quiet_hours.start is 'late'"),
         ("rescan_seconds = 0", "rescan_seconds is 0"),
@@ -311,6 +355,7 @@ def test_status_tells_what_the_folder_knows_while_no_agent_runs(tmp_path, site, 
     assert "2 files: 1 new, 0 learned from, 1 set aside" in told
     assert "broken.jpg: " in told
     assert "0 answered" in told
+    assert "news" not in told
     assert main(["resume", "--folder", str(folder)]) == 0
     capsys.readouterr()
     assert main(["status", "--json", "--folder", str(folder)]) == 0
@@ -319,6 +364,29 @@ def test_status_tells_what_the_folder_knows_while_no_agent_runs(tmp_path, site, 
     assert facts["paused"] is False
     assert facts["joined"]["url"] == site.url
     assert facts["images"]["new"] == 1
+
+
+def test_status_tells_what_the_server_was_told_and_what_keeps_it_from_being_told_more(tmp_path):
+    (tmp_path / "news.json").write_text('{"new_images": 1200, "at": "2026-05-04T12:00:00.000+00:00"}')
+    facts = look(tmp_path)
+    now = datetime(2026, 5, 4, 12, 5, tzinfo=UTC)
+    assert "news        the server was told of 1,200 new images 5 minutes ago\n" in describe(facts, now)
+    facts["agent"] = {"stage": "idle", "pid": 7, "waiting": [], "news": {"trouble": "away"}}
+    assert "5 minutes ago\n            not told since: away\n" in describe(facts, now)
+    assert "news        not told: away\n" in describe({**facts, "news": {}}, now)
+
+
+def test_an_image_that_is_gone_is_not_counted_as_new(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 255, (48, 48, 3), np.uint8)
+        cv2.imwrite(str(images / f"{index}.png"), pixels)
+    with Arrivals(images, tmp_path / "device", ArrivalsConfig(settle_seconds=0)) as arrivals:
+        arrivals.rescan()
+        (images / "0.png").unlink()
+        arrivals.rescan()
+        assert arrivals.counts().new == len(arrivals.new(10)) == 2
 
 
 def test_commands_without_a_device_say_so(tmp_path, capsys):
