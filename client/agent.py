@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -143,7 +144,7 @@ class Agent:
         try:
             if not self._waiting():
                 self._at_leisure()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, sqlite3.Error) as error:
             _LOG.warning("%s", error)
 
     def _train(self, work: _Work) -> bytes:

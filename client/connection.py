@@ -52,7 +52,10 @@ class Connection:
 
     def _watch(self) -> None:
         while not self._is_stopping.wait(self._look_seconds):
-            self._look()
+            try:
+                self._look()
+            except OSError as error:  # a full disk, for example: there may be space again
+                _LOG.warning("cannot connect: %s", error)
 
     def _look(self) -> None:
         reasons = self._closed_by()
@@ -64,6 +67,8 @@ class Connection:
             node.start()
             self._node = node
             _LOG.info("connects to the server")
+        elif self._node is not None:
+            self._node.mend()
 
     def _close(self) -> None:
         if self._node is not None:

@@ -24,6 +24,7 @@ def open_database(path: Path, schema: str, *, version: int, page_size: int = 409
 
     Raises:
         UserError: the file cannot be opened, is no database, is damaged, or has another version.
+        OSError: the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,9 +38,12 @@ def open_database(path: Path, schema: str, *, version: int, page_size: int = 409
         (found,) = connection.execute("PRAGMA user_version").fetchone()
         if found not in (0, version):
             raise UserError(f"{path} has layout {found}, this release reads {version}: move it away to start anew")
-        connection.executescript(f"BEGIN IMMEDIATE; {schema}; PRAGMA user_version = {version}; COMMIT;")
+        if found == 0:  # else nothing is written: a full disk must not keep anyone from what is there
+            connection.executescript(f"BEGIN IMMEDIATE; {schema}; PRAGMA user_version = {version}; COMMIT;")
     except sqlite3.Error as error:
         connection.close()
+        if _is_full(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise UserError(f"{path} cannot be used as a database ({error}): move it away to start anew") from None
     except UserError:
         connection.close()
@@ -64,8 +68,12 @@ class Transaction:
                 error = failure
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
-        # Errors of Python's own module have no code.
-        if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        if _is_full(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         if kind is None and error is not None:
             raise error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    # Errors of Python's own module have no code.
+    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL

@@ -1,8 +1,11 @@
 """Flower's SuperNode: kept running beside the agent, its files below the device's folder, ended with it."""
 
+import contextlib
 import os
 import re
+import shutil
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,12 +14,13 @@ from typing import Self
 from client.folder import SOCKET as SOCKET_NAME
 from client.identity import Identity
 from client.throttle import Throttle
-from lowssl_core.processes import KeptProcess, clear_installed, programs_path
+from lowssl_core.processes import KeptProcess, programs_path
 
 _HOST = "127.0.0.1"
 # What flower-supernode writes when it starts, and when the server has let it in.
 _BEGINS, _CONNECTED = "Starting Flower SuperNode", "SuperNode ID:"
 _LAST_LINES = 500
+_INSTALLED_SECONDS = 3.0  # that Flower takes to install a bundle, and much more
 _PART_BYTES, _PART_SECONDS = 2**20, 5
 _FAILURE = re.compile(r"\bfailed\b|ERROR|WARN", re.IGNORECASE)
 _COLOR, _LEVEL = re.compile(r"\x1b\[[0-9;]*m"), re.compile(r"^(ERROR|WARNING)\s*:\s*")
@@ -48,8 +52,9 @@ class Node:
         throttle: Throttle | None = None,
     ) -> None:
         home = folder.resolve() / "flower"
-        temporary = clear_installed(home)
+        home.mkdir(parents=True, exist_ok=True)
         home.chmod(0o700)
+        self._apps = home / "apps"
         roots = [] if certificate is None else ["--root-certificates", str(certificate)]
         self.process = KeptProcess(
             [
@@ -63,7 +68,6 @@ class Node:
                 **_sending(throttle),
                 "PATH": programs_path(),
                 "FLWR_HOME": str(home),
-                "TMPDIR": str(temporary),
                 "FLWR_TELEMETRY_ENABLED": "0",
                 "FLWR_DISABLE_UPDATE_CHECK": "1",
                 _AGENT: str(folder.resolve() / SOCKET_NAME),
@@ -92,6 +96,15 @@ class Node:
             return ""
         failures = [line for line in said if _FAILURE.search(line)]
         return f"not connected: {_LEVEL.sub('', failures[-1]).strip()}" if failures else "not connected yet"
+
+    def mend(self) -> None:
+        """Remove a bundle whose installation a full disk or a kill cut off: Flower takes it for whole, for ever."""
+        for folder in self._apps.glob("*"):
+            with contextlib.suppress(OSError):
+                is_old = time.time() - folder.stat().st_mtime > _INSTALLED_SECONDS
+                file = folder / "pyproject.toml"  # all that is in it
+                if is_old and not (file.exists() and file.stat().st_size):
+                    shutil.rmtree(folder)
 
     def stop(self) -> None:
         """End the connection and everything that serves it."""

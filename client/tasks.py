@@ -1,5 +1,6 @@
 """A federation's tasks, answered by the learner: rounds go on where they were cut off, updates stay the same."""
 
+import sqlite3
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class TaskLearner:
             outcome = yield from train_round(learner, asked, decode_flat(task.payload, learner.manifest))
         except TrainingDivergedError as error:
             raise BadUpdate(f"round {task.round}: {error}") from None
-        except (OSError, MemoryError, RuntimeError):  # a full disk, or PyTorch without memory in the middle of a step
+        except (OSError, MemoryError, RuntimeError, sqlite3.Error):  # a full disk, or PyTorch without memory in a step
             self.close()  # what it holds in memory is not what is on disk
             raise
         if learner.state.starts_over:

@@ -1,6 +1,7 @@
 """`lowssl`: one front door to commands that are found by entry points, so that other packages add theirs."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -50,12 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_for_user(program: str, run: Callable[[], int]) -> int:
-    """Call `run` and return its exit status; a user's error is one line on stderr and status 2, without a traceback."""
+    """Call `run` and return its exit status; an error is one line on stderr, without a traceback.
+
+    Its status is 2 where a person must mend it, and 1 where it may pass by itself, as a full disk: services that are
+    started again go by that.
+    """
     try:
         return run()
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except StoppedError as stop:
         print(f"{program}: {stop}", file=sys.stderr)
         return stop.status
@@ -67,7 +72,7 @@ def run_for_user(program: str, run: Callable[[], int]) -> int:
         return 141
     except OSError as error:  # a file or folder that cannot be read or written: its name is in the message
         print(f"{program}: {error}", file=sys.stderr)
-        return 2
+        return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
 
 
 def find_commands() -> list[Command]:

@@ -35,7 +35,6 @@ class KeptProcess:
         command: program and arguments.
         environment: all of its environment; its PATH is where the program is looked for.
         log: where its output goes.
-        attempts: how many times in a row it may end within a minute of its start; None: for ever.
         grace_seconds: between being asked to end and being killed.
 
     Attributes:
@@ -48,14 +47,12 @@ class KeptProcess:
         *,
         environment: Mapping[str, str],
         log: Path,
-        attempts: int | None = None,
         grace_seconds: float = 10.0,
     ) -> None:
         self.command, self.log = list(command), log
         self._grace_seconds = grace_seconds
         self.starts = 0
         self._environment = dict(environment)
-        self._attempts = attempts
         self._warden: subprocess.Popen[bytes] | None = None
         self._is_stopping = threading.Event()
         # The kernel ties a child's life to the thread that made it: this one lives as long as the program is kept.
@@ -76,11 +73,6 @@ class KeptProcess:
         warden = self._warden
         children = [] if warden is None else _children(warden.pid)
         return min(children, default=None)  # started first; what it orphaned comes later
-
-    @property
-    def is_given_up(self) -> bool:
-        """Whether it ended so many times in a row that it is not started any more."""
-        return self._thread.ident is not None and not self._thread.is_alive() and not self._is_stopping.is_set()
 
     def start(self) -> None:
         """Begin to keep the program running.
@@ -109,18 +101,20 @@ class KeptProcess:
     def _keep(self) -> None:
         quick_ends = 0
         while not self._is_stopping.is_set():
-            warden = self._warden = self._launch()
             began = time.monotonic()
-            while warden.poll() is None and not self._is_stopping.wait(_POLL):
-                pass
-            if warden.poll() is None:
-                warden.send_signal(signal.SIGTERM)
-                warden.wait()
+            with contextlib.suppress(OSError):  # no space for its log, no memory for a process: as if it had ended
+                self._warden = self._launch()
+                self._watch(self._warden)
             self._warden = None
             quick_ends = 1 if time.monotonic() - began > _STEADY else quick_ends + 1
-            if quick_ends == self._attempts:
-                return
             self._is_stopping.wait(_PAUSES[min(quick_ends, len(_PAUSES)) - 1])
+
+    def _watch(self, warden: subprocess.Popen[bytes]) -> None:
+        while warden.poll() is None and not self._is_stopping.wait(_POLL):
+            pass
+        if warden.poll() is None:
+            warden.send_signal(signal.SIGTERM)
+            warden.wait()
 
     def _launch(self) -> subprocess.Popen[bytes]:
         if self.log.exists() and self.log.stat().st_size > _MAX_LOG:

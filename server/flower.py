@@ -155,6 +155,10 @@ class GridLink:
                 if reply.is_lost:
                     self._looked = -_LOOK_SECONDS  # whether it is there is not what it was at the last look
                 self._replies.put(reply)
+        except Exception as error:  # the SuperLink's disk is full, for example; it may have handed a reply out already
+            for id_ in ids:
+                if (sent := self._sent.pop(id_, None)) is not None:
+                    self._replies.put(Reply(sent.device, failure=_first_line(str(error)), is_lost=True))
         finally:
             self._mark(ids, is_being_pulled=False)
 

@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ import httpx
 import numpy as np
 
 from client.agent import Agent
+from client.connection import Connection
 from client.identity import Identity, open_identity, pin_server
 from client.node import Node
 from lowssl_core.command_line import main as lowssl
@@ -51,7 +52,7 @@ local_size = "matched"
 [data]
 batch_size = 32
 """
-PATIENCE = 100.0
+PATIENCE = 200.0
 
 
 def free_port() -> int:
@@ -62,9 +63,10 @@ def free_port() -> int:
 
 @dataclass
 class Site:
-    """A server's folder, and the process in it."""
+    """A server's folder, and the process in it, started as a command behind `enter`."""
 
     root: Path
+    enter: Sequence[str] = ()
     port: int = field(default_factory=free_port)
     process: "subprocess.Popen[str] | None" = None
     greeting: str = ""
@@ -97,7 +99,8 @@ class Site:
 
     def start(self, *flags: str) -> None:
         """Start the server, and wait until it says that it is there."""
-        command = [sys.executable, "-m", "server.main", "--data-dir", str(self.data), "--port", str(self.port)]
+        command = [*self.enter, sys.executable, "-m", "server.main"]
+        command += ["--data-dir", str(self.data), "--port", str(self.port)]
         environment = os.environ | {"LOWSSL_SERVER_WORKERS": "1", "LOWSSL_SERVER_EXECUTION": "pool"}
         with self.log.open("a") as errors:
             self.process = subprocess.Popen(
@@ -167,8 +170,8 @@ class Site:
         shutil.copy(self.root / "pinned" / "server.pem", self.root / name / "server.pem")
         return identity
 
-    def start_device(self, name: str, seconds: float = 0.0) -> None:
-        command = [sys.executable, __file__, str(self.root / name), f"127.0.0.1:{self.port}"]
+    def start_device(self, name: str, seconds: float = 0.0, enter: Sequence[str] = ()) -> None:
+        command = [*enter, sys.executable, __file__, str(self.root / name), f"127.0.0.1:{self.port}"]
         command += [str(self.folder / "rounds" / "manifest.json"), str(seconds)]
         with (self.root / f"{name}.log").open("ab") as log:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -192,8 +195,8 @@ class Site:
 
 
 @contextmanager
-def site(root: Path) -> Iterator[Site]:
-    made = Site(root)
+def site(root: Path, enter: Sequence[str] = ()) -> Iterator[Site]:
+    made = Site(root, enter)
     try:
         yield made
     finally:
@@ -238,7 +241,7 @@ def main(folder: Path, server: str, manifest: Path, seconds: float) -> None:
     identity, shape = open_identity(folder), Manifest.from_json(manifest.read_text())
     with (
         Agent(lambda: Trembling(folder, identity.device, shape, seconds), folder) as agent,
-        Node(server, identity, folder, certificate=folder / "server.pem"),
+        Connection(lambda: Node(server, identity, folder, certificate=folder / "server.pem"), closed_by=lambda: ()),
     ):
         signal.signal(signal.SIGTERM, lambda *_: agent.close())
         agent.run()

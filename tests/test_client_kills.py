@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +33,9 @@ RECIPE = dataclasses.replace(recipe_of("moco"), backbone=BackboneConfig(name="re
 
 
 @contextmanager
-def forks() -> Iterator["subprocess.Popen[str]"]:
-    """The program that starts agents."""
-    command = [sys.executable, str(Path(__file__).with_name("learning_device.py"))]
+def forks(enter: Sequence[str] = ()) -> Iterator["subprocess.Popen[str]"]:
+    """The program that starts agents, as a command behind `enter`."""
+    command = [*enter, sys.executable, str(Path(__file__).with_name("learning_device.py"))]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as program:

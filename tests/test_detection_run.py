@@ -198,7 +198,8 @@ def test_two_processes_give_one_table_of_what_they_saved(data: Path, tmp_path: P
     (first, table, told), (second, nothing, silence) = (end(process) for process in processes)
     assert (first, second) == (0, 0), told + silence
     assert table.count("box") == 1
-    assert nothing == silence == ""
+    said = [line for line in (nothing + silence).splitlines() if "[Gloo]" not in line]  # torch 2.8's gloo greets
+    assert said == []
     assert "BatchNorm is synchronised on GPUs only" in told
     assert "on 2 x cpu" in told
     assert json.loads(file.read_text())["settings"]["processes"] == 2

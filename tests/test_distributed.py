@@ -266,7 +266,7 @@ def test_a_distributed_run_stops_together_and_ends_where_one_process_does(tmp_pa
     first, second = ends(processes)
     assert (first[0], second[0]) == (130, 143), (first, second)
     assert "stopped by a signal to another rank" in first[1]
-    assert second[1] == ""
+    assert [line for line in second[1].splitlines() if "[Gloo]" not in line] == []  # torch 2.8's gloo greets
     stopped = load_checkpoint(folder / "checkpoint.safetensors")
     assert 10 < stopped.progress.step < 100
     assert stopped.progress.step % 10 == 0 or stopped.progress.step % 25 == 0

@@ -38,7 +38,7 @@ class SuperLinkStandIn:
         self.headers.append(dict(request.headers))
         while not self.may_answer.is_set():
             await asyncio.sleep(0.01)
-        status = 401 if body == b"unknown" else 200
+        status = {b"unknown": 401, b"full disk": 500}.get(body, 200)
         return Response(body, status_code=status, media_type="application/protobuf", headers={"flwr-version": "1.41.0"})
 
 
@@ -118,6 +118,12 @@ def test_a_device_s_call_passes_with_its_signature_and_nothing_else(
 
 def test_a_refusal_of_the_superlink_comes_back_as_it_is(device: httpx.Client) -> None:
     assert device.post("/v1/fleet/pull-messages", content=b"unknown").status_code == 401
+
+
+def test_an_error_of_the_superlink_s_own_is_something_to_wait_for(device: httpx.Client) -> None:
+    refused = device.post("/v1/fleet/send-node-heartbeat", content=b"full disk")
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+    assert device.post("/v1/fleet/send-node-heartbeat", content=b"x").status_code == 200
 
 
 @pytest.mark.parametrize(

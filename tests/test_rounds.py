@@ -213,31 +213,79 @@ def test_a_round_that_too_few_answer_is_void_and_its_replies_count_when_sent_aga
     assert len({write_message(task) for task in devices[0].tasks}) == 1, "the same round is asked with the same bytes"
 
 
-def nan_payload(device: Device, task: Task) -> bytes:
-    flat = np.full(MANIFEST.size, np.nan, dtype="<f4")
-    payload = b"\0" + np.float32(1).tobytes() + flat.tobytes()
-    return device.add(task, payload=payload)
+def payload(trained: float, *, values: int = MANIFEST.size, dtype: str = "<f4") -> bytes:
+    """A payload that is not checked before it is sent, of so many values: `trained`, and sound statistics."""
+    flat = np.concatenate([np.full(MANIFEST.trained_size, trained), START[MANIFEST.trained_size :]])
+    head = encode_flat(START, MANIFEST, "fp32")[: -4 * MANIFEST.size]
+    return head + np.resize(flat, values).astype(dtype).tobytes()
 
 
-BAD: dict[str, Callable[[Device, Task], bytes]] = {
-    "message": lambda device, task: b"\xff" * 100,
-    "payload": nan_payload,
-    "weight": lambda device, task: device.add(task, weight=-5.0),
-    "sender": lambda device, task: device.add(task, device="someone-else"),
-    "manifest": lambda device, task: device.add(task, manifest="0" * 64),
-    "from the future": lambda device, task: device.add(task, base_version=task.version + 7),
-    "norm": lambda device, task: device.add(task, payload=encode_flat(START * 1e6, MANIFEST, "fp32")),
+BAD: dict[str, tuple[str, Callable[[Device, Task], bytes]]] = {
+    "no message": ("message", lambda device, task: b"\xff" * 100),
+    "cut off": ("payload", lambda device, task: device.add(task)[:-100]),
+    "NaN": ("payload", lambda device, task: device.add(task, payload=payload(np.nan))),
+    "Inf": ("payload", lambda device, task: device.add(task, payload=payload(np.inf))),
+    "wrong shape": ("payload", lambda device, task: device.add(task, payload=payload(0.1, values=MANIFEST.size - 4))),
+    "wrong dtype": ("payload", lambda device, task: device.add(task, payload=payload(0.1, dtype="<f2"))),
+    "wrong dtype, larger": ("message", lambda device, task: device.add(task, payload=payload(0.1, dtype="<f8"))),
+    "wrong size": ("payload", lambda device, task: device.add(task, payload=payload(0.1)[:-3])),
+    "of another model": ("manifest", lambda device, task: device.add(task, manifest="0" * 64)),
+    "no weight": ("weight", lambda device, task: device.add(task, weight=0.0)),
+    "negative weight": ("weight", lambda device, task: device.add(task, weight=-5.0)),
+    "boosted 1000 times": ("norm", lambda device, task: device.add(task, payload=payload(100.0))),
+    "boosted 1e30 times": ("norm", lambda device, task: device.add(task, payload=payload(1e29))),
+    "sign flipped": ("direction", lambda device, task: device.add(task, payload=payload(-0.1))),
+    "another's name": ("sender", lambda device, task: device.add(task, device="someone-else")),
+    "from the future": ("from the future", lambda device, task: device.add(task, base_version=task.version + 7)),
 }
 
 
-@pytest.mark.parametrize("reason", BAD)
-def test_a_bad_reply_is_recorded_with_its_reason_and_the_run_goes_on_without_it(folder: Path, reason: str) -> None:
-    devices = [Device(1, 0.1), Device(2, 0.1), Device(3, 0.4)]
-    devices[2].behave = lambda task: BAD[reason](devices[2], task)
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_reply_is_recorded_with_its_reason_and_the_run_goes_on_without_it(folder: Path, fault: str) -> None:
+    devices = [Device(node, 0.1) for node in range(5)]
+    reason, answer = BAD[fault]
+    devices[4].behave = lambda task: answer(devices[4], task)
+    history = run(folder, devices, until=4)
+    assert [record.version for record in history.records()] == [0, 1, 2, 3, 4]
+    for record in history.records()[1:4]:
+        (rejected,) = record.rejected
+        assert (rejected["device"], rejected["reason"]) == (devices[4].id, reason)
+        assert rejected["detail"]
+    assert all(len(record.accepted) == 4 for record in history.records()[1:])
+    assert devices[4].id not in history.records()[4].asked, "after three faults it is not asked any more"
+    np.testing.assert_allclose(moved(history), 4 * 0.1, rtol=1e-5)
+
+
+def test_a_huge_weight_counts_as_much_as_is_believed_and_the_reason_is_recorded(folder: Path) -> None:
+    devices = [Device(node, 0.1) for node in range(4)] + [Device(4, 0.2, weight=1e30)]
     history = run(folder, devices, until=2)
-    assert [row["reason"] for row in history.records()[1].rejected] == [reason]
-    assert history.records()[1].rejected[0]["device"] == devices[2].id
-    np.testing.assert_allclose(moved(history), 0.2, rtol=1e-5)
+    for record in history.records()[1:]:
+        (row,) = [row for row in record.accepted if row["device"] == devices[4].id]
+        assert row["weight"] == 10 * 10.0  # ten times the median
+        assert row["remarks"] == ["weight 1e+30 counted as 1e+05", "weight 1e+05 counted as 100"]
+    np.testing.assert_allclose(moved(history), 2 * (0.1 * 40 + 0.2 * 100) / 140, rtol=1e-5)
+
+
+def test_a_reply_of_an_old_round_does_not_count_again_whatever_it_calls_itself(folder: Path) -> None:
+    devices = [Device(node, 0.1) for node in range(5)]
+    plan = replace(with_rounds(quorum=0.8), screening=ScreeningConfig(max_staleness=2))
+    answers: list[bytes] = []
+
+    def keep(task: Task) -> bytes:
+        answers.append(devices[4].add(task))
+        return answers[-1]
+
+    devices[4].behave = keep
+    run(folder, devices, until=1, plan=plan)
+    devices[4].behave = lambda task: answers[0]  # byte for byte
+    run(folder, devices, until=2, plan=plan)
+    devices[4].behave = lambda task: devices[4].add(task, update_id=f"{devices[4].id}-0")  # as if it were new
+    run(folder, devices, until=3, plan=plan)
+    devices[4].behave = lambda task: answers[0]
+    history = run(folder, devices, until=4, plan=plan)
+    reasons = [[(row["device"], row["reason"]) for row in record.rejected] for record in history.records()[1:]]
+    assert reasons == [[], *([(devices[4].id, reason)] for reason in ("repeated", "replayed", "too old"))]
+    np.testing.assert_allclose(moved(history), 4 * 0.1, rtol=1e-5)
 
 
 def test_a_device_in_quarantine_is_not_asked_until_a_person_releases_it(folder: Path) -> None:
@@ -276,6 +324,28 @@ def test_a_device_that_started_anew_is_asked_again_and_counts_once(folder: Path)
     history = run(folder, devices, until=1)
     assert len(devices[1].tasks) == 2
     np.testing.assert_allclose(moved(history), 0.2, rtol=1e-5)
+
+
+def test_replies_that_a_failing_superlink_has_handed_out_already_are_asked_for_again(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.3)]
+
+    class Failing(LocalGrid):
+        failures = 1
+
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            answers = super().pull_messages(message_ids)
+            if self.failures:
+                self.failures -= 1
+                raise RuntimeError("database or disk is full")
+            return answers
+
+    begin(folder, MANIFEST, START, PLAIN)
+    with closing(GridLink(Failing(devices))) as link:
+        Rounds(link, folder, PLAIN, pause_seconds=0.0).run(lambda: 1)
+    np.testing.assert_allclose(moved(History(folder)), 0.2, rtol=1e-5)
+    (_, record) = History(folder).records()
+    assert len(record.accepted) == 2
+    assert not record.failed
 
 
 def test_an_update_that_arrives_twice_counts_once(folder: Path) -> None:

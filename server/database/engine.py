@@ -25,6 +25,8 @@ ACCEPTED = "sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
 class DatabaseUnavailableError(UserError):
     """The database cannot be reached or does not do what it is asked, or others kept it busy for too long."""
 
+    status = 1
+
 
 class Database:
     """An open database whose tables are those of this version of LowSSL.

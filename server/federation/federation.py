@@ -15,13 +15,13 @@ from lowssl_core.protocol.manifest import FloatArray, Manifest
 from server.federation import orders
 from server.federation.history import History
 from server.federation.plan import Plan
-from server.federation.superlink import SuperLink
+from server.federation.superlink import SuperLink, SuperLinkError
 
 FOLDER = "LOWSSL_FEDERATION"
 """Environment variable that tells the ServerApp the federation's folder."""
 
 _LOOK_SECONDS = 1.0
-_START_SECONDS = 60.0  # that a ServerApp may take from its order to its lock
+_START_SECONDS = 60.0  # that a ServerApp may take from its order to its lock, at first
 _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 300.0
 
 
@@ -53,7 +53,11 @@ class Federation:
         self._thread = threading.Thread(target=self._keep, name="federation", daemon=True)
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except UserError:
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -62,9 +66,15 @@ class Federation:
         self.close()
 
     def start(self) -> None:
-        """Start the SuperLink, and go on with what was ordered. Raises UserError if it does not start."""
-        self.superlink.start()
-        self._thread.start()
+        """Start the SuperLink, and go on with what was ordered.
+
+        Raises:
+            UserError: it does not answer yet, but is being tried again; or Flower is not installed.
+        """
+        try:
+            self.superlink.start()
+        finally:
+            self._thread.start()
 
     def close(self) -> None:
         """Stop both; a round that is going on is done again after the next start."""
@@ -74,21 +84,37 @@ class Federation:
         self.superlink.stop()
 
     def _keep(self) -> None:
-        pause = _FIRST_PAUSE
+        pause, patience = _FIRST_PAUSE, _START_SECONDS
         while not self._is_stopping.wait(_LOOK_SECONDS):
-            if not self._is_due():
-                pause = _FIRST_PAUSE
-                continue
             try:
-                self.superlink.wait()
-                self.superlink.start_run()
-            except UserError as error:
-                orders.tell(self.folder, {**orders.told(self.folder), "phase": f"cannot start: {error}"})
-            else:
-                self._wait_for_run()
-            if self._is_due():
+                if not self._is_due():
+                    pause, patience = _FIRST_PAUSE, _START_SECONDS
+                    continue
+                self._run(patience)
+                is_needed_again = self._is_due()
+            except (UserError, OSError) as error:  # a full disk, for example: there may be space again
+                is_needed_again = True
+                with contextlib.suppress(OSError):
+                    orders.tell(self.folder, {**orders.told(self.folder), "phase": f"cannot start: {error}"})
+            if is_needed_again:
                 self._is_stopping.wait(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause, patience = min(2 * pause, _LONGEST_PAUSE), min(2 * patience, _LONGEST_PAUSE)
+
+    def _run(self, patience: float) -> None:
+        """Start the ServerApp, and wait so many seconds until it runs.
+
+        A SuperLink may have lost what starts its ServerApps, to a full disk or the kernel, without noticing.
+        """
+        before = orders.told(self.folder)
+        self.superlink.wait()
+        self.superlink.start_run()
+        end = time.monotonic() + patience
+        while not is_running(self.folder) and orders.told(self.folder) == before:  # else one has run, and ended
+            if self._is_stopping.wait(_LOOK_SECONDS):
+                return
+            if time.monotonic() > end:
+                self.superlink.restart()
+                raise SuperLinkError("the SuperLink did not start the run, and is started again")
 
     def _is_due(self) -> bool:
         """Whether there are rounds to do that nobody does."""
@@ -96,12 +122,6 @@ class Federation:
             return False
         wanted = orders.ordered(self.folder)
         return wanted > 0 and wanted > History(self.folder).newest()
-
-    def _wait_for_run(self) -> None:
-        end = time.monotonic() + _START_SECONDS
-        while time.monotonic() < end and not is_running(self.folder):
-            if self._is_stopping.wait(_LOOK_SECONDS):
-                return
 
 
 def is_running(folder: Path) -> bool:

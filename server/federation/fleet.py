@@ -44,8 +44,8 @@ _ANSWER_SECONDS = 60.0
 class FleetPassage:
     """Passes devices' calls on to a SuperLink.
 
-    Flower's client tries again after 502, 503 and 504, and gives up after anything else: what may mend itself is
-    answered with those.
+    Flower's client tries again after 502, 503 and 504, and gives up after anything else, its heartbeat too, for good:
+    what may mend itself is answered with those. That is also an error of the SuperLink's own (500): its disk is full.
 
     Args:
         address: of the SuperLink, "127.0.0.1:PORT".
@@ -108,13 +108,17 @@ class FleetPassage:
         }
         passed = self._client.build_request("POST", f"/v1/fleet/{call}", headers=headers, content=_pieces(request))
         try:
-            return await self._client.send(passed, stream=True)
+            answer = await self._client.send(passed, stream=True)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout):
             raise HTTPException(503, "the federation is not up", headers={"retry-after": "2"}) from None
         except httpx.TimeoutException:
             raise HTTPException(504) from None
         except httpx.TransportError:
             raise HTTPException(502) from None
+        if answer.status_code == 500:
+            await answer.aclose()
+            raise HTTPException(503, "the federation cannot do this now", headers={"retry-after": "2"})
+        return answer
 
     async def _body(self, answer: httpx.Response) -> AsyncIterator[bytes]:
         try:

@@ -1,9 +1,11 @@
 """Flower's SuperLink: kept running where only this machine reaches it, and told what to do by Flower's commands."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -21,7 +23,7 @@ from server.federation.certificates import open_certificate
 HOST = "127.0.0.1"
 _NAME = "federation"
 _COMMAND_SECONDS = 60.0
-_START_SECONDS = 60.0
+_START_SECONDS, _ATTEMPTS = 60.0, 5
 _CONFIG = """\
 [superlink]
 default = "{name}"
@@ -73,11 +75,14 @@ class SuperLink:
             self._command(),
             environment=flower_environment(self._home) | (environment or {}),
             log=self._home / "superlink.log",
-            attempts=5,
         )
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except SuperLinkError:
+            self.stop()
+            raise
         return self
 
     def __exit__(
@@ -89,24 +94,20 @@ class SuperLink:
         """Start it, and wait until it answers.
 
         Raises:
-            SuperLinkError: it does not.
+            SuperLinkError: it does not; it goes on being started until `stop`.
         """
         self.process.start()
-        try:
-            self.wait()
-        except SuperLinkError:
-            self.stop()
-            raise
+        self.wait()
 
     def wait(self, seconds: float = _START_SECONDS) -> None:
         """Wait until it answers: at the start, or after it was started again.
 
         Raises:
-            SuperLinkError: it does not.
+            SuperLinkError: it does not, or ends again and again.
         """
         host, _, port = self.address.rpartition(":")
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not self.process.is_given_up:
+        end, starts = time.monotonic() + seconds, self.process.starts
+        while time.monotonic() < end and self.process.starts <= starts + _ATTEMPTS:
             try:
                 socket.create_connection((host, int(port)), timeout=1.0).close()
             except OSError:
@@ -114,6 +115,13 @@ class SuperLink:
             else:
                 return
         raise SuperLinkError(f"the SuperLink at {self.address} does not answer: {self.process.tail(5)}")
+
+    def restart(self) -> None:
+        """End it, and what it has started; a new one comes up by itself."""
+        pid = self.process.pid
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def stop(self) -> None:
         """Stop it, and what it has started."""
@@ -149,6 +157,8 @@ class SuperLink:
 
     def start_run(self) -> int:
         """Start the ServerApp; returns the run's id. Raises SuperLinkError if it is refused."""
+        # A bundle whose installation was cut off, by a kill or a full disk, is one that Flower takes for whole.
+        shutil.rmtree(self._home / "apps", ignore_errors=True)
         bundle = write_bundle(self._home / "bundle")
         return int(self._tell("run", str(bundle), _NAME)["run-id"])
 
