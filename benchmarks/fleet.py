@@ -124,7 +124,7 @@ class Fleet:
         deadline = time.monotonic() + _PATIENCE
         while not condition():
             for name, process in self.processes.items():
-                if process.is_given_up:
+                if process.starts > 1:
                     raise UserError(f"{what}: the {name} ended: {process.tail(1)}")
             phase = str(orders.told(self.federation).get("phase", "not begun"))
             if phase.startswith(("failed", "ended", "cannot")) or time.monotonic() > deadline:
@@ -232,7 +232,7 @@ def _joins(*words: str) -> bool:
 
 
 def _running(log: Path, module: str, *words: str) -> KeptProcess:
-    """A program of this Python's, started once."""
+    """A program of this Python's."""
     environment = {
         **os.environ,
         "PATH": programs_path(),
@@ -241,7 +241,7 @@ def _running(log: Path, module: str, *words: str) -> KeptProcess:
         "LOWSSL_SERVER_EXECUTION": "pool",
     }
     command = [sys.executable, "-m", module, *words]
-    return KeptProcess(command, environment=environment, log=log, attempts=1, grace_seconds=_GRACE)
+    return KeptProcess(command, environment=environment, log=log, grace_seconds=_GRACE)
 
 
 def _free_port() -> int:
