@@ -7,7 +7,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,40 @@ from lowssl_core.evaluation.subjects import check_same_classes
 from lowssl_core.sources import open_source
 from server.simulation.experiment import RESULTS, SimulationOptions, simulate
 
-# Ten devices with a world of their own each, which changes three times: 64 new images a round, a memory that holds the
-# last 280, and steps enough for a model that learns. About five minutes an arm on one core.
-DEVICES, PARTITION, IMAGES, PARTS, ROUNDS, JUDGED = 10, "dirichlet:0.1", 1024, 4, 16, 1000
-RECIPE = "tiny-moco-matched"
+RECIPE, JUDGED = "tiny-moco-matched", 1000
 SHARED = (
     "optim.warmup_steps=10",
     "method.queue_length=256",  # less than a device's images, or an image meets itself as a negative
-    "federation.learner.budget.steps=10",
-    "federation.learner.memory.max_bytes=1000000",
+    "federation.learner.memory.max_bytes=1000000",  # about 280 images
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Who learns, and from what.
+
+    Attributes:
+        devices: how many.
+        partition: of the images among them.
+        images: each has.
+        parts: in which they come.
+        rounds: how many.
+        steps: of a device in each.
+    """
+
+    devices: int
+    partition: str
+    images: int
+    parts: int
+    rounds: int
+    steps: int
+
+
+# Ten devices with a world of their own each, which changes three times: 64 new images a round. About five minutes an
+# arm on one core.
+FLEET = World(devices=10, partition="dirichlet:0.1", images=1024, parts=4, rounds=16, steps=10)
+# One device that meets two classes after the other: nothing but its memory helps it to keep the earlier ones.
+CAMERA = World(devices=1, partition="iid", images=5120, parts=5, rounds=20, steps=40)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +69,7 @@ class Arm:
         changes: to the shared settings.
         seeds: how many.
         has_baselines: whether the devices alone, and all images pooled, are run beside it.
+        world: who learns, and from what.
     """
 
     title: str
@@ -52,9 +77,14 @@ class Arm:
     changes: Sequence[str] = ()
     seeds: int = 2
     has_baselines: bool = False
+    world: World = FLEET
 
 
-# The first is what the others are compared with.
+FIFO = ("federation.learner.memory.policy=fifo",)
+# Every round brings as many new images as a batch holds: nothing is replayed.
+NO_MEMORY = ("federation.learner.budget.new_share=1.0",)
+NO_ALIGNMENT = ("federation.learner.continual.alignment=0.0",)
+# The first of a world is what its others are compared with.
 ARMS: Mapping[str, Arm] = {
     "fedavg": Arm(title="FedAvg (MinRed, alignment)", seeds=3, has_baselines=True),
     "fedema": Arm(title="FedEMA, tau .7", federation="fedema", seeds=3),
@@ -62,10 +92,13 @@ ARMS: Mapping[str, Arm] = {
     "fedema-gentle": Arm(title="FedEMA, tau .2", federation="fedema", changes=("federation.learner.tau=0.2",)),
     "l-dawa": Arm(title="L-DAWA", federation="l-dawa", seeds=3),
     "fedavgm": Arm(title="FedAvgM, momentum .9", changes=("federation.aggregator.momentum=0.9",)),
-    "fifo": Arm(title="memory FIFO", changes=("federation.learner.memory.policy=fifo",)),
-    # Every round brings as many new images as a batch holds: nothing is replayed.
-    "no-memory": Arm(title="no memory", changes=("federation.learner.budget.new_share=1.0",)),
-    "no-alignment": Arm(title="no alignment", changes=("federation.learner.continual.alignment=0.0",)),
+    "fifo": Arm(title="memory FIFO", changes=FIFO),
+    "no-memory": Arm(title="no memory", changes=NO_MEMORY),
+    "no-alignment": Arm(title="no alignment", changes=NO_ALIGNMENT),
+    "camera": Arm(title="MinRed, alignment", world=CAMERA),
+    "camera-fifo": Arm(title="memory FIFO", changes=FIFO, world=CAMERA),
+    "camera-no-memory": Arm(title="no memory", changes=NO_MEMORY, world=CAMERA),
+    "camera-no-alignment": Arm(title="no alignment", changes=NO_ALIGNMENT, world=CAMERA),
 }
 # The reference's other models, as columns of the same table.
 BASELINES = {"alone": "devices alone", "pooled": "pooled"}
@@ -83,12 +116,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="What was stopped is taken up where it was; what is finished is not done again. One thread, unless "
-        "OMP_NUM_THREADS says otherwise. About two hours and a half on one core.",
+        "OMP_NUM_THREADS says otherwise. About three hours on one core.",
     )
     parser.add_argument("--data", type=Path, help="folder or zip with the splits train and test, of class folders")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     parser.add_argument("--seeds", type=int, help="of each arm, instead of the plan's")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
+    parser.add_argument("--rounds", type=int, help="of each arm, instead of the plan's")
     parser.add_argument("--out", type=Path, default=Path("runs/federated-learning"), help="folder of the simulations")
     parser.add_argument("--table", action="store_true", help="run nothing: print what is finished")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, figures and this machine there")
@@ -121,21 +154,23 @@ def compare(arguments: argparse.Namespace) -> int:
 def run(name: str, seed: int, arguments: argparse.Namespace) -> None:
     """Run or resume one arm with one seed, unless it is finished."""
     folder, arm = folder_of(arguments, name, seed), ARMS[name]
+    world = arm.world
+    changes = [*SHARED, f"federation.learner.budget.steps={world.steps}", *arm.changes, f"seed={seed}"]
     if (folder / RESULTS).exists():
         return
     print(f"\n{folder.name}", flush=True)
     status = simulate(
         SimulationOptions(
             recipe=RECIPE,
-            overrides=[*SHARED, *arm.changes, f"seed={seed}"],
+            overrides=changes,
             federation=arm.federation,
             data=f"{arguments.data}::train",
             eval_data=f"{arguments.data}::test",
-            devices=DEVICES,
-            partition=PARTITION,
-            images=IMAGES,
-            stream=PARTS,
-            rounds=arguments.rounds,
+            devices=world.devices,
+            partition=world.partition,
+            images=world.images,
+            stream=world.parts,
+            rounds=arguments.rounds or world.rounds,
             baselines=("alone", "pooled") if arm.has_baselines else (),
             judged=JUDGED,
             out=folder,
@@ -168,16 +203,13 @@ def report(arguments: argparse.Namespace, planned: Mapping[str, int]) -> None:
     rows = [
         row for name in (*planned, *BASELINES) for kind in ("shared", "own") if (row := account(figures, name, kind))
     ]
-    print(f"\n{table(rows)}", flush=True)
+    for world, title in ((FLEET, "ten devices"), (CAMERA, "one device, class after class")):
+        print(f"\n{title}\n\n{table([row for row in rows if world_of(row['arm']) == world])}", flush=True)
     if arguments.json:
         settings = {
             "recipe": RECIPE,
             "overrides": SHARED,
-            "arms": {name: {"federation": ARMS[name].federation, "changes": ARMS[name].changes} for name in planned},
-            "devices": DEVICES,
-            "partition": PARTITION,
-            "images": IMAGES,
-            "parts": PARTS,
+            "arms": {name: asdict(ARMS[name]) for name in planned},
             "rounds": arguments.rounds,
             "judged": JUDGED,
             "data": arguments.data.name,
@@ -193,11 +225,16 @@ def account(figures: Mapping[str, Mapping[int, Any]], name: str, kind: str) -> d
     title = ARMS[name].title if name in ARMS else BASELINES[name]
     row: dict[str, Any] = {"arm": name, "model": kind, "title": title, "seeds": sorted(runs)}
     row |= {key: spread([each[kind][key] for each in runs.values()]) for key in MEASURES}
-    alone = figures.get("alone", {})
+    alone = figures.get("alone", {}) if world_of(name) == FLEET else {}
     gains = [each[kind]["accuracy"] - alone[seed]["own"]["accuracy"] for seed, each in runs.items() if seed in alone]
     row["over_alone"] = spread(gains) if gains and name != "alone" else None
     row |= {key: statistics.mean(each[key] for each in runs.values()) for key in ("bytes_up", "bytes_down", "views")}
     return row
+
+
+def world_of(arm: str) -> World:
+    """The world of an arm, or of a baseline."""
+    return ARMS[arm].world if arm in ARMS else FLEET
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:

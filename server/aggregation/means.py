@@ -18,12 +18,13 @@ class FedAvgConfig:
     """FedAvg (McMahan et al. 2017) with server momentum, FedAvgM (Hsu et al. 2019): v <- beta v + delta, w += rate v.
 
     Attributes:
-        momentum: beta; 0 for plain FedAvg.
+        momentum: beta; 0 for plain FedAvg. In the long run the model moves 1 / (1 - beta) times as far as the devices
+            have gone: a beta of .9 wants a rate of .1, or devices that take small steps.
         rate: the server's learning rate.
     """
 
     name: ClassVar[str] = "fedavg"
-    momentum: float = 0.9
+    momentum: float = 0.0
     rate: float = 1.0
 
     def __post_init__(self) -> None:

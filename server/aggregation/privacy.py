@@ -34,7 +34,7 @@ class PrivateMeanConfig:
     clip: float = 1.0
     noise_multiplier: float = 1.0
     expected_replies: float = 50.0
-    momentum: float = 0.9
+    momentum: float = 0.0
     rate: float = 1.0
 
     def __post_init__(self) -> None:
