@@ -16,7 +16,7 @@ setup: .venv/installed  ## Make .venv with everything, at the tested versions
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup  ## Pre-train a tiny backbone on photographs, judge and serve it (about five minutes on two cores)
+demo: setup  ## Pre-train a tiny backbone on photographs, judge and serve it, let devices go on (about eight minutes on two cores)
 	$(BIN)/lowssl demo --out demo
 
 test: setup  ## Run the tests, two files at a time

@@ -57,14 +57,18 @@ class Device:
         # How long it took would make messages of one simulation differ in length from time to time.
         return write_message(replace(update, metrics=replace(update.metrics, seconds=0.0)))
 
-    def train(self, number: int) -> Generator[object, None, None]:
-        """A round by itself, without any global model, yielding after each step; one done stays as it is.
+    def train(self, number: int, arrived: FloatArray | None = None) -> Generator[object, None, None]:
+        """A round by itself, yielding after each step; one done stays as it is.
+
+        Args:
+            number: of the round.
+            arrived: (size,) the model to take over first; None: it goes on with its own.
 
         Raises:
             UserError: training diverged.
         """
         try:
-            yield from train_round(self._learner, RoundTask(number=number), None)
+            yield from train_round(self._learner, RoundTask(number=number), arrived)
         except TrainingDivergedError as error:
             raise UserError(f"round {number}: {error}; a lower optim.base_lr may help") from None
 

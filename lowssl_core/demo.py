@@ -1,4 +1,4 @@
-"""The demonstration: pre-train a tiny backbone on photographs in minutes, judge it on unseen tiles, and serve it."""
+"""The demonstration: pre-train a tiny backbone on photographs in minutes, judge and serve it, and let devices go on."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 import lowssl_core
 from lowssl_core.backbones import build_backbone
 from lowssl_core.checkpoint import load_checkpoint
+from lowssl_core.demo_federation import federate, read_results, why_not
 from lowssl_core.demo_serving import Answer, serve_and_ask
 from lowssl_core.encoder import Encoder, EncoderInfo, load_encoder
 from lowssl_core.errors import UserError
@@ -37,8 +39,8 @@ RECIPE = "tiny-dino-matched"
 DATA = "photos"
 # What a run's folder holds, and what a new run replaces; nothing else in it is touched.
 RUN_FILES = (CHECKPOINT, ENCODER, "metrics.jsonl", "nonfinite.json")
-# The server's folder in that of the demo.
-SERVER = "server"
+# In the demo's folder: that of the server, that of the devices, and the figures, written last.
+SERVER, DEVICES, RESULTS = "server", "federation", "results.json"
 # The same copies as along the run, so that its curves end at the table's figures.
 SEED_OF_COPIES = 0
 UNTRAINED, PIXELS, TRAINED, PACKAGED = "random network", "raw pixels", "this run", "default encoder"
@@ -55,9 +57,10 @@ class Quality:
 
 
 def run_demo(out: Path, overrides: Sequence[str] = ()) -> int:
-    """Train, judge, draw and serve, all in the folder `out`; returns an exit status.
+    """Train, judge, draw, serve and federate, all in the folder `out`; returns an exit status.
 
-    A run in `out` that was interrupted is continued; a finished one, or one of another recipe, is replaced.
+    A demo in `out` that was interrupted goes on: its run is continued, and all that comes after it done again. A
+    finished one, or one of another recipe, is replaced.
 
     Args:
         out: where everything is written.
@@ -75,7 +78,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> int:
     run = out / "run"
     arguments = [RECIPE, "--data", f"{DATA}::train", "--eval-data", f"{DATA}::test", "--out", str(run)]
     arguments += [part for override in overrides for part in ("--set", override)]
-    if not make_room(run, recipe):
+    if not make_room(out, recipe):
         arguments.append("--resume")
     status = pretrain(arguments)
     if status:
@@ -90,9 +93,20 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> int:
     answer = serve_and_ask(run / ENCODER, out / SERVER, test)
     print(_neighbors_table(answer, test.classes or ()), flush=True)
     neighbors_figure(out / "neighbors.png", answer.images, answer.examples, answer.neighbors, answer.cosines)
+    print("\n5. Federated\n", flush=True)
+    federated = None
+    if reason := why_not():
+        print(reason)
+    else:
+        status = federate(run / CHECKPOINT, out / SERVER, out / DEVICES, out / "federation.png")
+        if status:
+            if status in (130, 143):
+                print("interrupted: the same command does this step anew")
+            return status
+        federated = read_results(out / DEVICES)
     seconds = time.monotonic() - start
-    _write_results(out / "results.json", run, recipe, qualities, seconds)
-    print(f"\n{_summary(out, qualities, seconds)}")
+    _write_results(out / RESULTS, run, recipe, qualities, federated, seconds)
+    print(f"\n{_summary(out, qualities, federated, seconds)}")
     return 0
 
 
@@ -116,15 +130,16 @@ def judge(
     return qualities
 
 
-def make_room(run: Path, recipe: Recipe) -> bool:
-    """Remove an earlier run; returns whether there is none now (False: it was interrupted and can go on)."""
+def make_room(out: Path, recipe: Recipe) -> bool:
+    """Remove a finished demo, or one of another recipe; returns whether there is none now (False: it can go on)."""
+    run, results = out / "run", out / RESULTS
     if (run / CHECKPOINT).exists():
         try:
-            earlier = load_checkpoint(run / CHECKPOINT)
-            if earlier.recipe == recipe and not earlier.progress.is_done:
+            if load_checkpoint(run / CHECKPOINT).recipe == recipe and not results.exists():
                 return False
         except UserError as error:
             print(f"{error}; the run starts anew")
+    results.unlink(missing_ok=True)
     for name in RUN_FILES:
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / "tensorboard", ignore_errors=True)
@@ -159,7 +174,7 @@ def _announcement(recipe: Recipe, train: Source, test: Source) -> str:
         f"This trains a {recipe.backbone.name} from scratch, without labels, with the recipe {RECIPE}:\n"
         f"{len(train)} tiles of the photographs that scikit-image and scikit-learn ship, {recipe.epochs} times each.\n"
         f"Then it judges what was learnt on {len(test)} tiles from other regions of the photographs, and serves it.\n"
-        "No network is used. It takes about four minutes on two cores."
+        "At last three devices train it on together. No network is used. It takes about seven minutes on two cores."
     )
 
 
@@ -201,12 +216,20 @@ def _draw_curves(path: Path, run: Path, recipe: Recipe, qualities: Mapping[str, 
     curves_figure(path, read_metrics(run, "train"), read_metrics(run, "quality"), baselines, title=title)
 
 
-def _write_results(path: Path, run: Path, recipe: Recipe, qualities: Mapping[str, Quality], seconds: float) -> None:
+def _write_results(
+    path: Path,
+    run: Path,
+    recipe: Recipe,
+    qualities: Mapping[str, Quality],
+    federated: Mapping[str, Any] | None,
+    seconds: float,
+) -> None:
     results = {
         "recipe": {"name": RECIPE, "hash": recipe.hash(), "seed": recipe.seed},
         "data": DATA,
         "training": read_metrics(run, "end")[-1],
         "quality": {name: asdict(quality) for name, quality in qualities.items()},
+        "federation": federated,
         "seconds": round(seconds, 1),
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {
@@ -218,7 +241,7 @@ def _write_results(path: Path, run: Path, recipe: Recipe, qualities: Mapping[str
     write_atomically(path, lambda file: file.write(json.dumps(results, indent=2).encode()))
 
 
-def _summary(out: Path, qualities: Mapping[str, Quality], seconds: float) -> str:
+def _summary(out: Path, qualities: Mapping[str, Quality], federated: Mapping[str, Any] | None, seconds: float) -> str:
     found = {name: f"{100 * quality.retrieval:.0f}" for name, quality in qualities.items()}
     files = {
         "views.png": "one tile, its views, and the local size that matches",
@@ -226,13 +249,16 @@ def _summary(out: Path, qualities: Mapping[str, Quality], seconds: float) -> str
         "neighbors.png": "tiles and their nearest neighbors, by the embeddings that the server gave",
         f"run/{ENCODER}": "the encoder",
         f"run/{CHECKPOINT}": "the whole run",
-        "results.json": "the figures above",
+        RESULTS: "the figures above",
     }
+    if federated is not None:
+        files["federation.png"] = "what the devices saw, and the global model against devices alone, after each round"
     width = max(len(str(out / name)) for name in files)
     return "\n".join(
         [
             f"In {seconds / 60:.1f} minutes an encoder was trained from nothing; "
             f"it finds {found[TRAINED]} of 100 tiles (untrained: {found[UNTRAINED]}, raw pixels: {found[PIXELS]}).",
+            *([] if federated is None else [federated["sentence"]]),
             *(f"  {out / name!s:<{width}}  {what}" for name, what in files.items()),
             f"Serve it: lowssl-server --data-dir {out / SERVER}",
         ]

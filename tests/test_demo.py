@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -43,8 +44,13 @@ def few_tiles(seed: int, count: int) -> ArraySource:
 
 @pytest.fixture(autouse=True)
 def few_photos(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo on 48 and 20 made-up tiles: minutes become seconds."""
-    monkeypatch.setattr("lowssl_core.photos.open_photos", open_few)
+    """The demo on 48 and 20 made-up tiles, without its federation: minutes become seconds."""
+    shorten(monkeypatch)
+
+
+def shorten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("lowssl_core.photos.open_photos", open_few)
+    patch.setattr("lowssl_core.demo.why_not", lambda: "left out: a test of its own runs it")
 
 
 def open_few(*, split: str | None = None) -> ArraySource:
@@ -56,7 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a demo that was run, and what it printed."""
     out, printed = tmp_path_factory.mktemp("demo") / "made", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr("lowssl_core.photos.open_photos", open_few)
+        shorten(patch)
         assert main(["demo", "--out", str(out), *ARGUMENTS]) == 0
     return out, printed.getvalue()
 
@@ -140,10 +146,47 @@ def press_control_c_after_the_first_epoch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Run, "_measure_quality", measure_and_press)
 
 
+def test_without_flower_the_demo_ends_well_and_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr("lowssl_core.photos.open_photos", open_few)
+    monkeypatch.setattr("lowssl_core.demo_federation.find_spec", lambda name: None)
+    assert main(["demo", "--out", str(tmp_path), *ARGUMENTS]) == 0
+    printed = capsys.readouterr().out
+    line = "left out: a federation takes Flower, which is not installed: pip install 'lowssl[server,client]'"
+    assert f"5. Federated\n\n{line}\n" in printed
+    assert json.loads((tmp_path / "results.json").read_text())["federation"] is None
+
+
+@pytest.mark.parametrize(("status", "said"), [(143, "interrupted: the same command does this step anew\n"), (2, "")])
+def test_a_demo_that_stopped_at_its_federation_goes_on_without_training_again(
+    made: tuple[Path, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    said: str,
+) -> None:
+    shutil.copytree(made[0], tmp_path / "demo")
+    (tmp_path / "demo" / "results.json").unlink()
+    weights = (tmp_path / "demo" / "run" / "checkpoint.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("lowssl_core.demo.why_not", str)
+        patch.setattr("lowssl_core.demo.federate", lambda *paths: status)
+        assert main(["demo", "--out", str(tmp_path / "demo"), *ARGUMENTS]) == status
+    assert capsys.readouterr().out.endswith(f"5. Federated\n\n{said}")
+    assert main(["demo", "--out", str(tmp_path / "demo"), *ARGUMENTS]) == 0
+    assert (tmp_path / "demo" / "run" / "checkpoint.safetensors").read_bytes() == weights
+    assert (tmp_path / "demo" / "results.json").exists()
+
+
 @pytest.mark.parametrize("earlier", ["finished", "of another recipe", "damaged", "none"])
-def test_only_an_interrupted_run_of_the_recipe_is_kept(made: tuple[Path, str], tmp_path: Path, earlier: str) -> None:
+def test_only_an_interrupted_demo_of_the_recipe_is_kept(made: tuple[Path, str], tmp_path: Path, earlier: str) -> None:
     run = tmp_path / "run"
     run.mkdir()
+    if earlier == "finished":
+        (tmp_path / "results.json").write_text("{}")
     (run / "notes.txt").write_text("mine")
     recipe = load_recipe(demo.RECIPE, SHORT)
     checkpoint = load_checkpoint(made[0] / "run" / "checkpoint.safetensors")
@@ -155,16 +198,18 @@ def test_only_an_interrupted_run_of_the_recipe_is_kept(made: tuple[Path, str], t
         (run / "checkpoint.safetensors").write_bytes(b"half a file")
     if earlier == "of another recipe":
         recipe = dataclasses.replace(recipe, seed=1)
-    assert demo.make_room(run, recipe)
+    assert demo.make_room(tmp_path, recipe)
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_an_interrupted_run_is_kept(made: tuple[Path, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, 6])
+def test_an_interrupted_demo_is_kept(made: tuple[Path, str], tmp_path: Path, step: int) -> None:
     checkpoint = load_checkpoint(made[0] / "run" / "checkpoint.safetensors")
-    halfway = dataclasses.replace(checkpoint, progress=dataclasses.replace(checkpoint.progress, step=3))
-    save_checkpoint(tmp_path / "checkpoint.safetensors", halfway)
+    halfway = dataclasses.replace(checkpoint, progress=dataclasses.replace(checkpoint.progress, step=step))
+    save_checkpoint(tmp_path / "run" / "checkpoint.safetensors", halfway)
     assert not demo.make_room(tmp_path, load_recipe(demo.RECIPE, SHORT))
-    assert (tmp_path / "checkpoint.safetensors").exists()
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
 @pytest.mark.parametrize(

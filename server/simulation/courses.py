@@ -105,6 +105,10 @@ class Course(ABC):
     def _train(self, number: int) -> dict[str, Any]:
         """Train one round; returns what it came to."""
 
+    def _beginning(self, number: int) -> FloatArray | None:
+        """(size,) what a device alone takes over before a round: the world's start before the first one."""
+        return self._world.start if number == 1 else None
+
     def _account(self, names: Sequence[str]) -> dict[str, Any]:
         """What the last round of some devices came to, together and one by one."""
         devices = {name: self._devices[name].account() for name in names}
@@ -177,7 +181,7 @@ class Alone(Course):
 
     def _train(self, number: int) -> dict[str, Any]:
         for device in self._devices.values():
-            work_off(device.train(number), self._watch)
+            work_off(device.train(number, self._beginning(number)), self._watch)
         return self._account(list(self._devices))
 
 
@@ -194,7 +198,7 @@ class Pooled(Course):
         return self._devices["pool"].weights()
 
     def _train(self, number: int) -> dict[str, Any]:
-        work_off(self._devices["pool"].train(number), self._watch)
+        work_off(self._devices["pool"].train(number, self._beginning(number)), self._watch)
         return self._account(["pool"])
 
 

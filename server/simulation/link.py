@@ -23,8 +23,8 @@ class Device(Protocol):
         """The bytes of an update for those of a task, yielding between steps."""
         ...
 
-    def train(self, number: int) -> Generator[object, None, None]:
-        """A round without any global model, yielding between steps."""
+    def train(self, number: int, arrived: FloatArray | None) -> Generator[object, None, None]:
+        """A round by itself, after it has taken over the model that arrived, if any, yielding between steps."""
         ...
 
     def weights(self) -> FloatArray:

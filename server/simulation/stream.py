@@ -16,10 +16,12 @@ class Stream:
     Attributes:
         parts: indices of the images of each part; a part is a world, the next one another.
         shares: (parts, classes) the share of each class in a part.
+        is_gradual: whether a part's images are spread over its rounds; if not, all come for its first one.
     """
 
     parts: Sequence[Indices]
     shares: NDArray[np.float64]
+    is_gradual: bool = True
 
     @property
     def own_shares(self) -> NDArray[np.float64]:
@@ -31,6 +33,8 @@ class Stream:
         """The images that arrive for round `number`, from 1, of `rounds`."""
         part, position, length = place_of(number, rounds, len(self.parts))
         images = self.parts[part]
+        if not self.is_gradual:
+            return images if position == 0 else images[:0]
         return images[len(images) * position // length : len(images) * (position + 1) // length]
 
     def arrived(self, number: int, rounds: int) -> int:
