@@ -8,7 +8,7 @@ from lowssl_core.protocol.manifest import FloatArray
 from server.federation.history import History, Record
 from server.simulation.judge import Judge
 
-_PATIENCE_SECONDS = 330.0  # a round's deadline, and some more
+_PATIENCE_SECONDS = 1000.0  # a round's deadline, and some more
 
 
 def accuracy(judge: Judge, flat: FloatArray) -> float:

@@ -44,7 +44,7 @@ name = "fedavg"
 every = {every}
 promote = true
 """
-_ROUND_SECONDS = 300
+_ROUND_SECONDS = 900
 
 
 @dataclass(frozen=True, kw_only=True)
