@@ -6,7 +6,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,6 @@ MAX_BODY = 2**33
 
 _PREFIX = struct.Struct(">4sIQ")  # magic, length of the header, length of the body
 _MAGIC = b"LAG1"
-_MAX_PATH = 107  # bytes of a Unix socket's address
 _PIECE = 2**20
 
 
@@ -58,7 +57,8 @@ def ask(path: Path, question: Frame, *, seconds: float | None = None) -> Frame:
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as connection:
         connection.settimeout(seconds)
         try:
-            connection.connect(str(path))
+            with _short(path) as name:
+                connection.connect(name)
         except OSError as error:
             raise ChannelError(f"no agent listens at {path} ({error.strerror or error})") from None
         try:
@@ -170,19 +170,32 @@ def _read(connection: socket.socket, length: int) -> bytes:
     return bytes(data)
 
 
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """A socket by a name of some thirty bytes, for its address has room for 107, and folders may be deep; for Linux.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
 def _listen(path: Path) -> socket.socket:
-    if len(os.fsencode(path)) > _MAX_PATH:
-        raise UserError(f"{path}: a socket's path has at most {_MAX_PATH} bytes; choose a shorter folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.parent.chmod(0o700)
-    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
-        try:
-            probe.connect(str(path))  # the kernel takes it, however busy the agent is
-        except OSError:
-            path.unlink(missing_ok=True)
-        else:
-            raise UserError(f"an agent runs already at {path}")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
+    with _short(path) as name:
+        with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
+            try:
+                probe.connect(name)  # the kernel takes it, however busy the agent is
+            except OSError:
+                path.unlink(missing_ok=True)
+            else:
+                raise UserError(f"an agent runs already at {path}")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(name)
     listener.listen()
     return listener

@@ -227,8 +227,13 @@ def test_nobody_listens_or_somebody_does_already(tmp_path: Path) -> None:
         ask(tmp_path / SOCKET, Frame({"ask": "status"}))
     with agent_of(AddingLearner(tmp_path, "a", 1), tmp_path), pytest.raises(UserError, match="an agent runs already"):
         Agent(lambda: AddingLearner(tmp_path, "a", 1), tmp_path)
-    with pytest.raises(UserError, match="at most 107 bytes"):
-        Agent(lambda: AddingLearner(tmp_path, "a", 1), tmp_path / ("x" * 120))
+
+
+def test_an_agent_is_reached_in_a_folder_deeper_than_a_socket_s_address(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 120) / ("y" * 120)
+    folder.mkdir(parents=True)
+    with agent_of(AddingLearner(folder, "a", 1), folder) as path:
+        assert ask(path, Frame({"ask": "status"}), seconds=PATIENCE).header["ok"]
 
 
 _PROGRAM = """
