@@ -1,4 +1,4 @@
-"""The demonstration's last step: a real server answers `/embed` on unseen tiles, from the encoder just trained."""
+"""The demonstration's server: it answers `/embed` on unseen tiles, from the encoder just trained."""
 
 import base64
 import io

@@ -27,7 +27,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 command = Command(
     name="demo",
-    help="pre-train a tiny backbone on photographs and judge it, in about four minutes; an interrupted one goes on",
+    help="pre-train a tiny backbone on photographs and judge it, in about eight minutes; an interrupted one goes on",
     add_arguments=_add_arguments,
     run=_run,
 )

@@ -127,12 +127,14 @@ class History:
         raise UserError(f"{self._folder} holds no round that is whole")
 
     def load(self, version: int) -> Completed | None:
-        """A round; None if it is not there, or not whole."""
+        """A round; None if it is not there, or not whole. What it carried on is given of the last two alone."""
         folder = self._folder / _name(version)
         try:
             tree = json.loads((folder / _RECORD).read_text())
             flat = _read(folder / _MODEL, tree["model"])
-            carried = None if tree["carried"] is None else _read(folder / _CARRIED, tree["carried"])
+            is_last = not (self._folder / _name(version + 2) / _RECORD).exists()  # or last but one: see `save`
+            is_carried = tree["carried"] is not None and is_last
+            carried = _read(folder / _CARRIED, tree["carried"]) if is_carried else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if flat.shape != (self.manifest.size,):
