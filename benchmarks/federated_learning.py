@@ -22,6 +22,7 @@ from lowssl_core.errors import UserError
 from lowssl_core.evaluation.subjects import check_same_classes
 from lowssl_core.sources import open_source
 from server.simulation.experiment import RESULTS, SimulationOptions, simulate
+from server.simulation.outcome import MEASURES
 
 RECIPE, JUDGED = "tiny-moco-matched", 1000
 SHARED = (
@@ -102,14 +103,6 @@ ARMS: Mapping[str, Arm] = {
 }
 # The reference's other models, as columns of the same table.
 BASELINES = {"alone": "devices alone", "pooled": "pooled"}
-MEASURES = {
-    "accuracy": "k-NN",
-    "own_classes": "own classes",
-    "average_accuracy": "ACC",
-    "forgetting": "forgetting",
-    "backward_transfer": "BWT",
-    "forward_transfer": "FWT",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

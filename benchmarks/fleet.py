@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from client.folder import read_joined
 from lowssl_core.errors import UserError
 from lowssl_core.files import write_atomically
 from lowssl_core.images import BadImage
-from lowssl_core.processes import KeptProcess, programs_path
+from lowssl_core.processes import KeptProcess, free_port, programs_path
 from lowssl_core.sources import Source
 from server.federation import orders
 from server.federation.history import History
@@ -150,7 +149,8 @@ def fleet(folder: Path, source: Source, *, backbone: str, devices: int, rounds: 
     """
     deal_images(source, [folder / f"images {index}" for index in range(1, devices + 1)], rounds * NEW_IMAGES)
     _begin(folder, backbone, devices)
-    port = _free_port()
+    port = free_port()
+    url = f"https://127.0.0.1:{port}"
     # One worker: the encoder that a server could serve meanwhile is not what is measured.
     server = ("server.main", "--data-dir", str(folder / "data"), "--port", str(port), "--federation")
     started = Fleet(folder, {})
@@ -160,10 +160,8 @@ def fleet(folder: Path, source: Source, *, backbone: str, devices: int, rounds: 
         fingerprint = json.loads(_lowssl(folder, "status", "--json"))["fingerprint"]
         token = _lowssl(folder, "token", "--uses", str(devices)).split()[0]
         for index in range(1, devices + 1):
-            home = ("--folder", str(folder / f"device {index}"))
-            url = f"https://127.0.0.1:{port}"
-            joining = ("join", url, "--token", token, "--fingerprint", fingerprint, "--name", f"device-{index}", *home)
-            started.wait_for(lambda words=joining: _joins(*words), f"device {index}")  # type: ignore[misc]
+            home, name = ("--folder", str(folder / f"device {index}")), f"device-{index}"
+            _python("client.main", "join", url, "--token", token, "--fingerprint", fingerprint, "--name", name, *home)
             running = ("--images", str(folder / f"images {index}"), "--config", str(folder / "device.toml"), *home)
             log = folder / f"device {index}.log"
             process = stack.enter_context(_running(log, "client.main", "run", *running))
@@ -213,22 +211,17 @@ def _begin(folder: Path, backbone: str, devices: int) -> None:
 
 
 def _lowssl(folder: Path, *words: str) -> str:
-    """What a subcommand of `lowssl federation` prints; UserError with its last line if it fails."""
-    command = [sys.executable, "-m", "lowssl_core.command_line", "federation", *words]
-    done = subprocess.run([*command, "--data-dir", str(folder / "data")], capture_output=True, text=True, check=False)
+    """What a subcommand of `lowssl federation` prints; UserError as `_python`."""
+    return _python("lowssl_core.command_line", "federation", *words, "--data-dir", str(folder / "data"))
+
+
+def _python(module: str, *words: str) -> str:
+    """What a module run as a program prints; UserError with its last line if it fails."""
+    done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip() or f"{words[0]} failed").splitlines()[-1]
+        said = (done.stderr.strip() or f"{module} failed").splitlines()[-1]
         raise UserError(said.removeprefix("lowssl federation: "))
     return done.stdout
-
-
-def _joins(*words: str) -> bool:
-    """Whether a device could join; it cannot while the SuperLink starts."""
-    command = [sys.executable, "-m", "client.main", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode and " 503 " not in done.stderr:
-        raise UserError((done.stderr.strip() or "joining failed").splitlines()[-1])
-    return not done.returncode
 
 
 def _running(log: Path, module: str, *words: str) -> KeptProcess:
@@ -242,9 +235,3 @@ def _running(log: Path, module: str, *words: str) -> KeptProcess:
     }
     command = [sys.executable, "-m", module, *words]
     return KeptProcess(command, environment=environment, log=log, grace_seconds=_GRACE)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,8 @@ from typing import Any
 
 from machine import machine_report, write_report
 from serve_files import SIDES, export_models, write_photographs
+
+from lowssl_core.processes import free_port
 
 HERE = Path(__file__).parent
 CONNECTIONS = 16
@@ -204,14 +205,6 @@ def running(command: Sequence[str], ready: str) -> Iterator[subprocess.Popen[byt
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 HEADER = (

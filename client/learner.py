@@ -295,8 +295,9 @@ class Learner:
             self.optimizer = self.recipe.optim.build(self.continual)
             state.starts_over = False
             return 0.0
-        if state.scale is None and not self._has_warmed_up():
-            # The small steps of a warm-up would set lambda so high that mu is 1 from then on.
+        if self.config.tau == 0 or (state.scale is None and not self._has_warmed_up()):
+            # Without tau a model is taken as it is; with it, the small steps of a warm-up would set lambda so high that
+            # mu is 1 from then on.
             self._start_from(arrived)
             return 0.0
         blended = blend(own, arrived, self.manifest, scale=state.scale, tau=self.config.tau)

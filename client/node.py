@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Self
 from client.folder import SOCKET as SOCKET_NAME
 from client.identity import Identity
 from client.throttle import Throttle
-from lowssl_core.processes import KeptProcess, programs_path
+from lowssl_core.processes import KeptProcess, free_port, programs_path
 
 _HOST = "127.0.0.1"
 # What flower-supernode writes when it starts, and when the server has let it in.
@@ -61,7 +60,7 @@ class Node:
                 "flower-supernode",
                 *("--superlink", server, *roots),
                 *("--auth-supernode-private-key", str(identity.path)),
-                *("--host", _HOST, "--port", str(_free_port())),
+                *("--host", _HOST, "--port", str(free_port())),
             ],
             environment={
                 **_without_proxies(os.environ),
@@ -130,9 +129,3 @@ def _sending(throttle: Throttle | None) -> dict[str, str]:
         "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1",
         **proxy,
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])

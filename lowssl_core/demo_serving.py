@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from PIL import Image
 
 from lowssl_core.errors import UserError
 from lowssl_core.neighbors import nearest
+from lowssl_core.processes import free_port
 from lowssl_core.sources import Source
 from lowssl_core.sources.memory import load_images
 
@@ -113,9 +113,7 @@ def _command(*arguments: str) -> None:
 @contextmanager
 def _server(data_dir: Path) -> Iterator[str]:
     """A server on a free port of this machine, until the end of the block; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "server.main", "--data-dir", str(data_dir), "--port", str(port)]
     log = data_dir / "server.log"
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:

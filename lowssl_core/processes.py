@@ -5,6 +5,7 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -134,6 +135,13 @@ class KeptProcess:
 def programs_path() -> str:
     """PATH with the folder of this Python's own programs first, for programs that start each other by name."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens at, for a program that is told where to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def descendants(ancestor: int) -> list[int]:

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from client.connection import Connection
 from client.identity import Identity, open_identity, pin_server
 from client.node import Node
 from lowssl_core.command_line import main as lowssl
-from lowssl_core.processes import descendants
+from lowssl_core.processes import descendants, free_port
 from lowssl_core.protocol.codec import decode_flat, encode_flat
 from lowssl_core.protocol.manifest import Manifest, delta_of
 from lowssl_core.protocol.messages import Metrics, Task, Update, write_message
@@ -53,12 +52,6 @@ local_size = "matched"
 batch_size = 32
 """
 PATIENCE = 200.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

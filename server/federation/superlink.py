@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from lowssl_core.errors import UserError
 from lowssl_core.files import write_atomically
-from lowssl_core.processes import KeptProcess, programs_path
+from lowssl_core.processes import KeptProcess, free_port, programs_path
 from server.federation.bundle import write_bundle
 from server.federation.certificates import open_certificate
 
@@ -68,7 +68,7 @@ class SuperLink:
         self._home.mkdir(parents=True, exist_ok=True)
         self._home.chmod(0o700)
         self.certificate = open_certificate(self._home, "superlink", [HOST])
-        self.address = f"{HOST}:{port or _free_port()}"
+        self.address = f"{HOST}:{port or free_port()}"
         config = _CONFIG.format(name=_NAME, address=self.address, certificate=self.certificate.path)
         write_atomically(self._home / "config.toml", lambda file: file.write(config.encode()))
         self.process = KeptProcess(
@@ -234,12 +234,6 @@ def flower_environment(home: Path) -> dict[str, str]:
         "NO_COLOR": "1",
         "COLUMNS": "200",  # Flower wraps its error messages to the terminal
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def _last_words(text: str) -> str:

@@ -120,7 +120,7 @@ def _figures(judged: Sequence[Accuracies], stream: Stream, shares: Accuracies) -
     )
 
 
-_COLUMNS = {
+MEASURES = {
     "accuracy": "k-NN",
     "own_classes": "own classes",
     "average_accuracy": "ACC",
@@ -138,10 +138,10 @@ NAMES = {
 
 def table(figures: Mapping[str, CourseFigures]) -> str:
     """Finished courses by name as text: accuracies in percent, differences in points, then traffic and compute."""
-    rows = [["", *_COLUMNS.values()]]
+    rows = [["", *MEASURES.values()]]
     for (course, kind), title in NAMES.items():
         if course in figures and (model := getattr(figures[course], kind)) is not None:
-            rows.append([title, *(_percent(getattr(model, key), key) for key in _COLUMNS)])
+            rows.append([title, *(_percent(getattr(model, key), key) for key in MEASURES)])
     costs = [["", "down", "up", "steps", "views", "seconds", "refused"]]
     for course, each in figures.items():
         traffic = [f"{count / 1e6:,.1f} MB" for count in (each.bytes_down, each.bytes_up)]
