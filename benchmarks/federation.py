@@ -91,10 +91,9 @@ def run_federation(folder: Path, source: Source, arguments: argparse.Namespace) 
     print(f"starting a server and {arguments.devices} devices", flush=True)
     with fleet(folder, source, backbone=arguments.backbone, devices=arguments.devices, rounds=total) as running:
         print(f"\n{'round':>5}{'seconds':>9}{'training':>10}{'overhead':>10}{'load':>7}", flush=True)
-        sides = {name: process.pid for name, process in running.processes.items() if process.pid is not None}
         loads = []
-        with ProcessWatch(sides) as watch:
-            running.order(total)
+        with ProcessWatch(running.processes.pids()) as watch:
+            running.processes.order(total)
             for number in running.follow(total):
                 loads.append(os.getloadavg()[0])
                 print_rounds(read_rounds(running.federation, running.device_logs), number, loads[-1])

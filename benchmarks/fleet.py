@@ -1,12 +1,8 @@
 """A server and its devices as people run them, on this machine in one folder: joined, begun, followed, ended whole."""
 
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +12,8 @@ from client.folder import read_joined
 from lowssl_core.errors import UserError
 from lowssl_core.files import write_atomically
 from lowssl_core.images import BadImage
-from lowssl_core.processes import KeptProcess, free_port, programs_path
 from lowssl_core.sources import Source
+from server.demonstration.processes import Processes
 from server.federation import orders
 from server.federation.history import History
 
@@ -73,7 +69,6 @@ threads = 1
 niceness = 0
 """
 _PATIENCE = 300.0  # seconds without a completed round, or for a start
-_GRACE = 40.0
 _POLL = 0.2
 
 
@@ -83,11 +78,13 @@ class Fleet:
 
     Attributes:
         folder: of everything.
-        processes: by name: "server", "device 1" ...
+        processes: that run.
+        devices: their names.
     """
 
     folder: Path
-    processes: dict[str, KeptProcess]
+    processes: Processes
+    devices: Sequence[str]
 
     @property
     def federation(self) -> Path:
@@ -97,16 +94,8 @@ class Fleet:
     @property
     def device_logs(self) -> dict[str, Path]:
         """What each device writes, by the device's id."""
-        logs = {}
-        for name, process in self.processes.items():
-            joined = read_joined(self.folder / name)
-            if joined is not None:
-                logs[joined.device] = process.log
-        return logs
-
-    def order(self, rounds: int) -> None:
-        """Order rounds, as `lowssl federation round` does."""
-        _lowssl(self.folder, "round", "--count", str(rounds))
+        joined = {name: read_joined(self.processes.state(name)) for name in self.devices}
+        return {found.device: self.processes.log(name) for name, found in joined.items() if found is not None}
 
     def follow(self, rounds: int) -> Iterator[int]:
         """Yield the number of each round as it is completed, up to `rounds`.
@@ -122,9 +111,7 @@ class Fleet:
         """Wait for `condition`; UserError says why it cannot come about any more."""
         deadline = time.monotonic() + _PATIENCE
         while not condition():
-            for name, process in self.processes.items():
-                if process.starts > 1:
-                    raise UserError(f"{what}: the {name} ended: {process.tail(1)}")
+            self.processes.check()
             phase = str(orders.told(self.federation).get("phase", "not begun"))
             if phase.startswith(("failed", "ended", "cannot")) or time.monotonic() > deadline:
                 raise UserError(f"{what}: it did not come about: {phase}")
@@ -147,26 +134,17 @@ def fleet(folder: Path, source: Source, *, backbone: str, devices: int, rounds: 
     Raises:
         UserError: no such backbone, too few images, Flower is not installed, or a program does not start.
     """
-    deal_images(source, [folder / f"images {index}" for index in range(1, devices + 1)], rounds * NEW_IMAGES)
-    _begin(folder, backbone, devices)
-    port = free_port()
-    url = f"https://127.0.0.1:{port}"
-    # One worker: the encoder that a server could serve meanwhile is not what is measured.
-    server = ("server.main", "--data-dir", str(folder / "data"), "--port", str(port), "--federation")
-    started = Fleet(folder, {})
-    with ExitStack() as stack:
-        process = started.processes["server"] = stack.enter_context(_running(folder / "server.log", *server))
-        started.wait_for(lambda: "API  " in process.tail(100), "the start of the server")
-        fingerprint = json.loads(_lowssl(folder, "status", "--json"))["fingerprint"]
-        token = _lowssl(folder, "token", "--uses", str(devices)).split()[0]
-        for index in range(1, devices + 1):
-            home, name = ("--folder", str(folder / f"device {index}")), f"device-{index}"
-            _python("client.main", "join", url, "--token", token, "--fingerprint", fingerprint, "--name", name, *home)
-            running = ("--images", str(folder / f"images {index}"), "--config", str(folder / "device.toml"), *home)
-            log = folder / f"device {index}.log"
-            process = stack.enter_context(_running(log, "client.main", "run", *running))
-            started.processes[f"device {index}"] = process
-            started.wait_for(lambda process=process: process.pid is not None, f"device {index}")  # type: ignore[misc]
+    names = [f"device-{index}" for index in range(1, devices + 1)]
+    with Processes(folder / "data", folder, folder / "device.toml", lambda: None) as processes:
+        deal_images(source, [processes.images(name) for name in names], rounds * NEW_IMAGES)
+        _write_settings(folder, backbone, devices)
+        processes.lowssl("start", "--recipe", str(folder / "recipe.toml"), "--plan", str(folder / "plan.toml"))
+        processes.start_server()
+        token = processes.token(devices)
+        for name in names:
+            processes.start_device(name, token)
+        started = Fleet(folder, processes, names)
+        started.wait_for(lambda: len(processes.pids()) == 1 + devices, "the start of the devices")
         yield started
 
 
@@ -191,8 +169,7 @@ def deal_images(source: Source, folders: Sequence[Path], most: int) -> None:
         write_atomically(folder / f"{index:05}{suffix}", lambda file, data=data: file.write(data))  # type: ignore[misc]
 
 
-def _begin(folder: Path, backbone: str, devices: int) -> None:
-    """Write the settings, and begin the federation."""
+def _write_settings(folder: Path, backbone: str, devices: int) -> None:
     texts = {
         "recipe.toml": _RECIPE.format(
             backbone=backbone,
@@ -207,31 +184,3 @@ def _begin(folder: Path, backbone: str, devices: int) -> None:
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
-    _lowssl(folder, "start", "--recipe", str(folder / "recipe.toml"), "--plan", str(folder / "plan.toml"))
-
-
-def _lowssl(folder: Path, *words: str) -> str:
-    """What a subcommand of `lowssl federation` prints; UserError as `_python`."""
-    return _python("lowssl_core.command_line", "federation", *words, "--data-dir", str(folder / "data"))
-
-
-def _python(module: str, *words: str) -> str:
-    """What a module run as a program prints; UserError with its last line if it fails."""
-    done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = (done.stderr.strip() or f"{module} failed").splitlines()[-1]
-        raise UserError(said.removeprefix("lowssl federation: "))
-    return done.stdout
-
-
-def _running(log: Path, module: str, *words: str) -> KeptProcess:
-    """A program of this Python's."""
-    environment = {
-        **os.environ,
-        "PATH": programs_path(),
-        "PYTHONUNBUFFERED": "1",
-        "LOWSSL_SERVER_WORKERS": "1",
-        "LOWSSL_SERVER_EXECUTION": "pool",
-    }
-    command = [sys.executable, "-m", module, *words]
-    return KeptProcess(command, environment=environment, log=log, grace_seconds=_GRACE)

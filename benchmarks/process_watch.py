@@ -123,7 +123,7 @@ class ProcessWatch:
 
 def _kind(side: str) -> str:
     """A side's name without its number."""
-    return side.rstrip("0123456789 ")
+    return side.rstrip("0123456789-")
 
 
 def _children() -> dict[int, list[int]]:

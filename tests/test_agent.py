@@ -27,7 +27,7 @@ from lowssl_core.protocol.codec import decode_flat, encode_flat
 from lowssl_core.protocol.messages import Task, Update, read_message, write_message
 from server.federation.certificates import open_certificate
 
-PATIENCE = 30.0
+PATIENCE = 120.0
 START = np.linspace(0.5, 1.5, MANIFEST.size, dtype=np.float32)
 
 

@@ -40,7 +40,7 @@ from server.federation.federation import Federation, begin
 from server.federation.history import History, Record
 from server.federation.plan import Plan, RoundsConfig
 
-PATIENCE = 120.0
+PATIENCE = 600.0
 RECIPE = Recipe(
     method=MoCoConfig(hidden=64, outputs=32, queue_length=32),
     backbone=BackboneConfig(name="resnet_tiny"),

@@ -16,7 +16,7 @@ from client.identity import open_identity
 from client.node import Node
 from client.throttle import Throttle
 
-PATIENCE = 30.0
+PATIENCE = 120.0
 RATE = 200_000
 PLENTY = 100_000_000
 

@@ -30,7 +30,7 @@ from server.simulation.link import Watch
 
 SHORT = ("epochs=1", "views.global_size=16", "views.num_locals=2", "data.batch_size=16", "data.shrink_to=18")
 ROUNDS, STEPS, IMAGES = 2, 3, 24
-PATIENCE = 300.0
+PATIENCE = 600.0
 
 
 @pytest.fixture(scope="module")

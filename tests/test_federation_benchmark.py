@@ -121,7 +121,7 @@ def test_a_process_is_seen_with_the_memory_that_it_takes(benchmark: Any) -> None
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        with watch({"device 1": process.pid}) as watched:
+        with watch({"device-1": process.pid}) as watched:
             deadline = time.monotonic() + 60
             while not watched.rows() and time.monotonic() < deadline:
                 time.sleep(0.05)

@@ -33,7 +33,7 @@ from server.federation.history import History, Record
 from server.federation.plan import Plan, RoundsConfig
 from server.federation.superlink import SuperLinkError
 
-PATIENCE = 120.0
+PATIENCE = 600.0
 START = np.ones(MANIFEST.size, dtype=np.float32)
 NUMBERS = (0.1, 0.3)
 PLAN = Plan(

@@ -14,7 +14,7 @@ from lowssl_core.errors import UserError
 from lowssl_core.processes import KeptProcess, programs_path
 
 ENVIRONMENT = {"PATH": programs_path()}
-PATIENCE = 20.0
+PATIENCE = 120.0
 
 # Writes its own number and those of two children, one of them in a session of its own.
 PROGRAM = """

@@ -1,4 +1,4 @@
-"""The demonstration's server and devices: programs that are started and steered by the commands people use."""
+"""A server and its devices on this machine: programs that are started and steered by the commands people use."""
 
 import os
 import re
@@ -88,7 +88,7 @@ class Processes:
         Raises:
             UserError: it cannot join.
         """
-        state, images = self._folder / name / "state", self._folder / name / "images"
+        state, images = self.state(name), self.images(name)
         trust = ("--token", token, "--fingerprint", self._fingerprint)
         run(self.check, "-m", "client.main", "join", self.address, *trust, "--name", name, "--folder", str(state))
         arguments = ("run", "--folder", str(state), "--images", str(images), "--config", str(self._config))
@@ -109,6 +109,18 @@ class Processes:
             if kept.starts > 1:
                 said = kept.tail(1) or "it said nothing"
                 raise UserError(f"{name} ended: {said} (its words are in {kept.log})")
+
+    def pids(self) -> dict[str, int]:
+        """The process ids of the programs that run, "server" and the devices' names."""
+        return {name: pid for name, kept in self._kept.items() if (pid := kept.pid) is not None}
+
+    def state(self, name: str) -> Path:
+        """A device's own folder."""
+        return self._folder / name / "state"
+
+    def images(self, name: str) -> Path:
+        """The folder where a device's images arrive."""
+        return self._folder / name / "images"
 
     def log(self, name: str) -> Path:
         """Where a program's words go."""
