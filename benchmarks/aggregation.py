@@ -107,7 +107,7 @@ def run_round(case: Case, name: str) -> dict[str, Any]:
     start = time.perf_counter()
     new = aggregator.finish()
     finish = time.perf_counter() - start
-    assert len(aggregator.update_ids) == case.devices
+    assert len(aggregator.added) == case.devices
     assert np.isfinite(new).all()
     kept = sum(path.stat().st_size for path in (case.folder / "replies").glob("*"))
     shutil.rmtree(case.folder / "replies", ignore_errors=True)

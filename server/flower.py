@@ -70,8 +70,10 @@ class _Sent:
 class GridLink:
     """The devices behind a Flower Grid, each known by its key's fingerprint.
 
-    Replies are pulled by threads, few at a time: a reply whose upload was cut holds up a pull for three minutes. A
-    device that has started anew since it was sent a message has lost it: Flower delivers each once.
+    Replies are pulled by threads, few at a time: a reply whose upload was cut holds up a pull for three minutes, and
+    one that Flower cannot read loses all that were pulled with it. A device that a failed pull was for is sent its
+    message again, and that reply is pulled alone. A device that has started anew since it was sent a message has lost
+    it: Flower delivers each once.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -79,6 +81,7 @@ class GridLink:
         self._nodes: dict[str, tuple[int, str]] = {}  # device: Flower's id of it, time of its last start
         self._looked = -_LOOK_SECONDS
         self._sent: dict[str, _Sent] = {}
+        self._alone: set[str] = set()  # devices whose replies are pulled one by one
         self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         self._pullers = ThreadPoolExecutor(_THREADS, thread_name_prefix="pull")
 
@@ -135,13 +138,15 @@ class GridLink:
             if activated != sent.activated:
                 self._sent.pop(id_, None)  # a thread that pulls may have been faster
                 self._replies.put(Reply(sent.device, failure="started anew", is_lost=True))
-            elif time.monotonic() > sent.expires:
-                self._sent.pop(id_, None)
+            elif time.monotonic() > sent.expires and self._sent.pop(id_, None) is not None:
+                self._replies.put(Reply(sent.device, failure="no answer in time"))
 
     def _pull(self) -> None:
-        waiting = [id_ for id_, sent in list(self._sent.items()) if not sent.is_being_pulled]
-        for start in range(0, len(waiting), _BATCH):
-            batch = waiting[start : start + _BATCH]
+        waiting = [(id_, sent.device) for id_, sent in list(self._sent.items()) if not sent.is_being_pulled]
+        together = [id_ for id_, device in waiting if device not in self._alone]
+        batches = [together[start : start + _BATCH] for start in range(0, len(together), _BATCH)]
+        batches += [[id_] for id_, device in waiting if device in self._alone]
+        for batch in batches:
             self._mark(batch, is_being_pulled=True)
             self._pullers.submit(self._pull_batch, batch)
 
@@ -151,6 +156,7 @@ class GridLink:
                 sent = self._sent.pop(message.metadata.reply_to_message_id, None)
                 if sent is None:
                     continue
+                self._alone.discard(sent.device)
                 reply = _reply(sent.device, message)
                 if reply.is_lost:
                     self._looked = -_LOOK_SECONDS  # whether it is there is not what it was at the last look
@@ -158,6 +164,7 @@ class GridLink:
         except Exception as error:  # the SuperLink's disk is full, for example; it may have handed a reply out already
             for id_ in ids:
                 if (sent := self._sent.pop(id_, None)) is not None:
+                    self._alone.add(sent.device)
                     self._replies.put(Reply(sent.device, failure=_first_line(str(error)), is_lost=True))
         finally:
             self._mark(ids, is_being_pulled=False)

@@ -257,6 +257,7 @@ def test_memory_is_a_few_models_however_many_devices_answer(tmp_path):
         ("fedavg", {"rate": 0.0}),
         ("fedbuff", {"buffer": 0}),
         ("fedbuff", {"rate": float("nan")}),
+        ("fedbuff", {"rate": float("inf")}),
         ("trimmed_mean", {"trim": 0.5}),
         ("multi_krum", {"faulty": 0.5}),
         ("private_mean", {"noise_multiplier": 0.0}),

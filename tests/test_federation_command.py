@@ -101,7 +101,7 @@ def test_rounds_and_devices_are_listed(call: Call, data: Path, recipe: str, regi
     assert [(row["name"], row["status"], row["last_round"]) for row in rows] == [("kitchen", "unknown", 1)]
     assert "no server runs the federation" in call("devices")[1]
     assert call("release", identity.device[:6])[0] == 0
-    assert orders.take_releases(data / "federation") == [identity.device]
+    assert orders.releases(data / "federation") == [identity.device]
     status, _, errors = call("remove", identity.device)
     assert status == 2
     assert "no server runs the federation" in errors

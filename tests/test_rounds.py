@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from federation_device import MANIFEST, AddingLearner
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 
 import client.flower
@@ -298,6 +300,77 @@ def test_a_device_in_quarantine_is_not_asked_until_a_person_releases_it(folder: 
     devices[2].behave = devices[2].add
     orders.release(folder, devices[2].id)
     assert devices[2].id in [row["device"] for row in run(folder, devices, until=6).records()[6].accepted]
+
+
+def test_a_release_counts_while_devices_are_waited_for_and_until_a_round_is_saved_with_it(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.1)]
+    devices[1].behave = lambda task: b"nonsense"
+    run(folder, devices, until=3, plan=with_rounds(min_devices=1))
+    devices[1].behave = devices[1].add
+    with rounds_of(folder, devices) as rounds, ThreadPoolExecutor(1) as pool:  # both are needed
+        running = pool.submit(rounds.run_round)
+        wait_for_phase(folder, "waiting for devices")
+        orders.release(folder, devices[1].id)
+        devices[1].is_held = True
+        wait_for_phase(folder, "collecting")
+        orders.stop(folder)
+        with pytest.raises(Stopped):
+            running.result(20)
+    assert list(History(folder).last().screening["quarantine"]["held"]) == [devices[1].id]  # type: ignore[index]
+    (folder / "stop").unlink()
+    devices[1].is_held = False
+    (*_, record) = run(folder, devices, until=4).records()
+    assert {row["device"] for row in record.accepted} == {device.id for device in devices}
+    assert orders.releases(folder) == []
+
+
+def wait_for_phase(folder: Path, phase: str) -> None:
+    end = time.monotonic() + 20
+    while orders.told(folder)["phase"] != phase:
+        assert time.monotonic() < end, orders.told(folder)
+        time.sleep(0.01)
+
+
+def test_one_diverged_device_does_not_stop_the_rounds(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.3), Device(3, 0.1)]
+
+    def diverged(task: Task) -> bytes:
+        flat = decode_flat(task.payload, MANIFEST).copy()
+        flat[: MANIFEST.trained_size], flat[MANIFEST.means] = 0.1, 1e25
+        return devices[2].add(task, payload=encode_flat(flat, MANIFEST, "fp32"))
+
+    devices[2].behave = diverged
+    history = run(folder, devices, until=1)
+    assert [row["reason"] for row in history.records()[1].rejected] == ["statistics"]
+    np.testing.assert_allclose(moved(history), 0.2, rtol=1e-5)
+
+
+def test_a_reply_that_flower_cannot_read_costs_the_others_nothing(folder: Path) -> None:
+    """The SuperLink has forgotten all replies of a pull when Flower makes objects of them, one after the other."""
+    devices = [Device(node, 0.2) for node in range(1, 6)]
+    with pytest.raises(ValueError, match="Expecting") as unreadable:
+        inflate_object_from_contents("x", {"x": b"Array  3\x00{no"})
+
+    def broken(task: Task) -> bytes:
+        raise unreadable.value
+
+    devices[2].behave = broken
+    history = run(folder, devices, until=2)
+    for record in history.records()[1:]:
+        assert {row["device"] for row in record.accepted} == {device.id for device in devices} - {devices[2].id}
+        assert list(record.failed) == [devices[2].id]
+    np.testing.assert_allclose(moved(history), 0.4, rtol=1e-5)
+
+
+def test_a_device_that_does_not_answer_in_time_is_free_again(folder: Path) -> None:
+    devices = [Device(1, 0.1)]
+    devices[0].is_held = True
+    with closing(GridLink(LocalGrid(devices))) as link:
+        assert link.devices() == [devices[0].id]
+        link.send(devices[0].id, b"task", seconds=0.1)
+        time.sleep(0.2)
+        (reply,) = link.receive(5)
+    assert (reply.device, reply.failure, reply.is_lost) == (devices[0].id, "no answer in time", False)
 
 
 def test_an_exception_on_a_device_is_recorded_and_the_round_goes_on(folder: Path) -> None:

@@ -17,12 +17,12 @@ class Aggregator(ABC):
 
     Attributes:
         carried: what one round hands to the next, (trained size,), to be saved with the global model; None: nothing.
-        update_ids: of the replies added since `begin`; one that comes again counts once.
+        added: keys of the replies added since `begin`; one that comes again counts once.
     """
 
     def __init__(self) -> None:
         self.carried: FloatArray | None = None
-        self.update_ids: set[str] = set()
+        self.added: set[tuple[str, str]] = set()
 
     def begin(self, global_flat: FloatArray, manifest: Manifest) -> None:
         """Start a round from the global model (size,).
@@ -34,7 +34,7 @@ class Aggregator(ABC):
         if self.carried is not None and self.carried.shape != (manifest.trained_size,):
             raise ValueError(f"carried is {self.carried.shape}; the manifest's is ({manifest.trained_size},)")
         self._global, self._manifest = global_flat, manifest
-        self.update_ids = set()
+        self.added = set()
         self._start()
 
     def add(self, reply: Screened) -> None:
@@ -45,9 +45,9 @@ class Aggregator(ABC):
             UserError: the reply cannot be written to disk; the round's earlier replies are untouched.
         """
         check_flat(reply.flat, self._manifest)
-        if reply.update_id not in self.update_ids:
+        if reply.key not in self.added:
             self._take(reply)
-            self.update_ids.add(reply.update_id)
+            self.added.add(reply.key)
 
     def finish(self) -> FloatArray:
         """The next global model (size,); without replies the one of before, but for what privacy adds to it."""
@@ -58,7 +58,7 @@ class Aggregator(ABC):
 
     @abstractmethod
     def _start(self) -> None:
-        """Forget the last round's replies; name those of this round that are on disk already in `update_ids`."""
+        """Forget all replies that were added before, also those on disk."""
 
     @abstractmethod
     def _take(self, reply: Screened) -> None:

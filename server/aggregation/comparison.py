@@ -46,8 +46,8 @@ class ComparisonConfig:
         if self.replies < 4:
             raise ValueError(f"replies is {self.replies}; fewer than 4 cannot outvote a faulty one")
         for name in ("weight_multiple", "clip_multiple", "reject_multiple", "statistics"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is from 1")
+            if not 1 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a number from 1")
         if not -1 <= self.min_cosine < 1:
             raise ValueError(f"min_cosine is {self.min_cosine}; it is from -1 to below 1")
 

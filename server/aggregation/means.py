@@ -51,7 +51,7 @@ class FedAvg(Aggregator):
         self._statistics.add(reply.flat, weight)
 
     def _move(self, new: FloatArray) -> None:
-        if not self.update_ids:
+        if not self.added:
             return
         self._sum.values /= self._sum.weight
         self.carried = step_with_momentum(new, self._sum, self.carried, self.config.momentum, self.config.rate)
@@ -73,7 +73,7 @@ class FedBuffConfig:
     rate: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.buffer < 1 or not self.rate > 0:
+        if self.buffer < 1 or not 0 < self.rate < math.inf:
             raise ValueError(f"buffer is {self.buffer}, rate {self.rate}; they are from 1, and above 0")
 
     def build(self, folder: Path) -> "FedBuff":
@@ -91,7 +91,7 @@ class FedBuff(Aggregator):
     @property
     def is_full(self) -> bool:
         """Whether it is time to finish."""
-        return len(self.update_ids) >= self.config.buffer
+        return len(self.added) >= self.config.buffer
 
     def _start(self) -> None:
         self._sum, self._statistics = DeltaSum(self._manifest.trained_size), StatisticsPool(self._manifest)
@@ -101,7 +101,7 @@ class FedBuff(Aggregator):
         self._statistics.add(reply.flat, reply.weight * reply.discount)
 
     def _move(self, new: FloatArray) -> None:
-        if self.update_ids:
+        if self.added:
             step(new, self._sum.values, self.config.rate / self._sum.weight)
             self._statistics.write(new)
 

@@ -11,7 +11,8 @@ class Quarantine:
     Attributes:
         limit: faults within the window that put a device into quarantine.
         window: model versions after which a fault is forgotten; a device in quarantine stays there all the same.
-        faults: versions at which each device's last faults happened.
+        faults: versions at which each device's last faults happened, each version once: a round that is done again
+            gets the same reply again.
         held: devices in quarantine, with the reason of the last fault.
     """
 
@@ -25,7 +26,7 @@ class Quarantine:
 
     def record(self, device: str, version: int, reason: str) -> bool:
         """Note a fault; returns whether the device is in quarantine now."""
-        recent = [past for past in self.faults.get(device, []) if past > version - self.window]
+        recent = [past for past in self.faults.get(device, []) if version - self.window < past < version]
         self.faults[device] = [*recent, version]
         if len(self.faults[device]) >= self.limit:
             self.held[device] = reason

@@ -57,6 +57,11 @@ class Screened:
     flat: FloatArray = field(repr=False)
 
     @property
+    def key(self) -> tuple[str, str]:
+        """What tells replies apart: a device names its updates by itself, and may take another one's name."""
+        return self.device, self.update_id
+
+    @property
     def discount(self) -> float:
         """1 / sqrt(1 + staleness), FedBuff's weight of a late update (Nguyen et al. 2022)."""
         return 1 / math.sqrt(1 + self.staleness)

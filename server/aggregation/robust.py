@@ -1,6 +1,5 @@
 """Aggregators that outliers cannot move far, from replies on disk: trimmed mean, coordinate median, multi-Krum."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -78,8 +77,7 @@ class Spooled(Aggregator):
     """A center of the replies chosen, coordinate by coordinate, all replies on disk until then.
 
     `finish` works through blocks that hold all replies' values of some coordinates, about two models' worth of memory
-    however many replies there are. To begin a round that was cut off finds the replies that had been added; what is in
-    the folder is of no use once the new model is safe.
+    however many replies there are.
 
     What devices claim to have trained on plays no part. A late reply's delta is shortened by `Screened.discount`.
     BatchNorm variances are center(var_k) + center((mean_k - center(mean))^2): without outliers to cut off the pooled
@@ -101,10 +99,7 @@ class Spooled(Aggregator):
         self._folder, self._center, self._choose = folder, center, choose
 
     def _start(self) -> None:
-        digest = hashlib.sha256(self._manifest.hash.encode())
-        digest.update(self._global.data)
-        self._spool = Spool(self._folder, self._manifest.size, digest.hexdigest())
-        self.update_ids = {reply.update_id for reply in self._spool}
+        self._spool = Spool(self._folder)
 
     def _take(self, reply: Screened) -> None:
         self._spool.put(reply)

@@ -18,6 +18,9 @@ from server.aggregation.reply import Reason, Rejected, Screened, Verdict, blocks
 
 # Norms of earlier rounds that help to judge a round of few replies.
 _EARLIER_NORMS = 50
+# A BatchNorm statistic beyond it is that of a network that diverged; pooling squares it, and must stay finite.
+_LARGEST_STATISTIC = 1e9
+_SMALLEST_WEIGHT = 1e-6  # of an image: a sum of such weights still divides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ class Screening:
 
     def __init__(self, config: ScreeningConfig, quarantine: Quarantine) -> None:
         self.config, self.quarantine = config, quarantine
-        self._seen: dict[str, tuple[str, int]] = {}  # update id: device, base version
+        self._seen: dict[tuple[str, str], int] = {}  # device, update id: base version
         self._answered: dict[tuple[str, int], str] = {}
         self._norms: deque[float] = deque(maxlen=_EARLIER_NORMS)
         self._held: list[Candidate] = []
@@ -73,12 +76,12 @@ class Screening:
         """Start a round from the global model (size,) of a version; replies still held from the last one are lost."""
         check_flat(global_flat, manifest)
         for candidate in self._held:  # they have not counted
-            self._answered.pop(self._seen.pop(candidate.reply.update_id))
+            self._answered.pop((candidate.reply.device, self._seen.pop(candidate.reply.key)))
         self._manifest, self._version = manifest, version
         self._largest_norm = self.config.max_growth * _norm(global_flat, manifest)
         self._held, self._measure = [], None
         oldest = version - self.config.max_staleness
-        self._remember((device, base, id_) for id_, (device, base) in self._seen.items() if base >= oldest)
+        self._remember((device, base, id_) for (device, id_), base in self._seen.items() if base >= oldest)
 
     def receive(self, sender: str, data: bytes) -> list[Verdict]:
         """Judge what has arrived from `sender`, the device whose key the connection was made with."""
@@ -109,8 +112,8 @@ class Screening:
 
     def as_dict(self) -> dict[str, Any]:
         """What outlives a round, as plain values: updates seen, norms, quarantine. Replies held are not in it."""
-        held = {candidate.reply.update_id for candidate in self._held}
-        seen = [[device, base, id_] for id_, (device, base) in self._seen.items() if id_ not in held]
+        held = {candidate.reply.key for candidate in self._held}
+        seen = [[device, base, id_] for (device, id_), base in self._seen.items() if (device, id_) not in held]
         return {"seen": seen, "norms": list(self._norms), "quarantine": self.quarantine.as_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -121,7 +124,7 @@ class Screening:
 
     def _remember(self, rows: Iterable[tuple[str, int, str]]) -> None:
         rows = list(rows)
-        self._seen = {id_: (device, base) for device, base, id_ in rows}
+        self._seen = {(device, id_): base for device, base, id_ in rows}
         self._answered = {(device, base): id_ for device, base, id_ in rows}
 
     def _read(self, data: bytes) -> Update:
@@ -139,7 +142,7 @@ class Screening:
         if update.manifest != self._manifest.hash:
             raise _Refusal("manifest", f"{update.manifest[:12]}; this run's is {self._manifest.hash[:12]}")
         staleness = self._check_version(update)
-        if update.weight <= 0:
+        if update.weight < _SMALLEST_WEIGHT:
             raise _Refusal("weight", f"weight {update.weight:g}; it is above 0")
         try:
             flat = decode_flat(update.payload, self._manifest)
@@ -147,6 +150,10 @@ class Screening:
             raise _Refusal("payload", str(error)) from None
         if (lowest := float(flat[self._manifest.variances].min(initial=0))) < 0:
             raise _Refusal("variance", f"a BatchNorm variance of {lowest:.3g}")
+        if (largest := float(np.abs(flat[self._manifest.trained_size :]).max(initial=0))) > _LARGEST_STATISTIC:
+            raise _Refusal(
+                "statistics", f"a BatchNorm statistic of {largest:.3g}; {_LARGEST_STATISTIC:.3g} is the most"
+            )
         norm = _norm(flat, self._manifest)
         if norm > self._largest_norm:
             raise _Refusal("norm", f"norm {norm:.3g}; {self._largest_norm:.3g} is the most for this model")
@@ -172,23 +179,23 @@ class Screening:
             raise _Refusal("from the future", f"trained from version {update.base_version}; there are {self._version}")
         if staleness > self.config.max_staleness:
             raise _Refusal("too old", f"{staleness} versions late; {self.config.max_staleness} pass")
-        key = (update.device, update.base_version)
-        if self._seen.get(update.update_id) == key:
+        version, key = (update.device, update.base_version), (update.device, update.update_id)
+        if self._seen.get(key) == update.base_version:
             raise _Refusal("repeated", "this update has arrived before")
-        if update.update_id in self._seen:
-            raise _Refusal("replayed", f"its id came with version {self._seen[update.update_id][1]} before")
-        if key in self._answered:
-            raise _Refusal("answered twice", f"{self._answered[key]} was this device's answer to this version")
-        self._seen[update.update_id], self._answered[key] = key, update.update_id
+        if key in self._seen:
+            raise _Refusal("replayed", f"its id came with version {self._seen[key]} before")
+        if version in self._answered:
+            raise _Refusal("answered twice", f"{self._answered[version]} was this device's answer to this version")
+        self._seen[key], self._answered[version] = update.base_version, update.update_id
         return staleness
 
     def _settle(self, verdicts: list[Verdict], candidates: Iterable[Candidate] = ()) -> list[Verdict]:
         """Note faults, and the norms of what passes; gives the verdicts back."""
-        norms = {candidate.reply.update_id: candidate.norm for candidate in candidates}
+        norms = {candidate.reply.key: candidate.norm for candidate in candidates}
         for verdict in verdicts:
             if isinstance(verdict, Screened):
-                if verdict.update_id in norms:
-                    self._norms.append(verdict.clip * norms[verdict.update_id])
+                if verdict.key in norms:
+                    self._norms.append(verdict.clip * norms[verdict.key])
             elif verdict.is_fault:
                 self.quarantine.record(verdict.device, self._version, verdict.reason)
         return verdicts

@@ -32,16 +32,18 @@ def is_stopped(folder: Path) -> bool:
 
 
 def release(folder: Path, device: str) -> None:
-    """Ask that a device be taken out of quarantine, with the next round."""
+    """Ask that a device be taken out of quarantine, before the next round or while it waits for devices."""
     write_atomically(folder / "release" / device, lambda file: None)
 
 
-def take_releases(folder: Path) -> list[str]:
-    """The devices to be taken out of quarantine; each is given once."""
-    paths = [path for path in sorted((folder / "release").glob("*")) if not path.name.startswith(".")]
-    for path in paths:
-        path.unlink()
-    return [path.name for path in paths]
+def releases(folder: Path) -> list[str]:
+    """The devices to be taken out of quarantine, until `forget_release`."""
+    return [path.name for path in sorted((folder / "release").glob("*")) if not path.name.startswith(".")]
+
+
+def forget_release(folder: Path, device: str) -> None:
+    """A device's release is written down with a round, and needs no asking any more."""
+    (folder / "release" / device).unlink(missing_ok=True)
 
 
 def tell(folder: Path, status: dict[str, Any]) -> None:

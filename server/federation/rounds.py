@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from lowssl_core.errors import UserError
 from lowssl_core.files import write_atomically
 from lowssl_core.protocol.codec import encode_flat
+from lowssl_core.protocol.manifest import FloatArray
 from lowssl_core.protocol.messages import Task, write_message
 from server.aggregation.means import FedBuffConfig
 from server.aggregation.privacy import Accountant, PrivateMeanConfig, poisson_sample
@@ -92,6 +93,7 @@ class Rounds:
         self._accountant = _open_accountant(folder, plan)
         self._busy: dict[str, int] = {}  # device: version of the task that it has not answered
         self._early: list[tuple[Reply, int]] = []  # replies to earlier rounds that came between two
+        self._released: set[str] = set()  # since the last round was saved
 
     @property
     def version(self) -> int:
@@ -112,9 +114,6 @@ class Rounds:
 
     def run_round(self) -> Record | None:
         """Run one round; None if it is void. Raises as `run`."""
-        for device in orders.take_releases(self._folder):
-            self._screening.quarantine.release(device)
-        self._tell("waiting for devices")
         self._wait_for_devices()
         self._charge()
         before = copy.deepcopy(self._screening.as_dict())
@@ -125,16 +124,37 @@ class Rounds:
         self._collect(current)
         self._judge(current, self._screening.close())
         if len(current.accepted) < self._plan.rounds.min_devices and self._plan.privacy is None:
-            # Its replies have not counted, and count when they are sent again; faults stay faults.
-            self._screening.restore(before | {"quarantine": self._screening.quarantine.as_dict()})
-            self._tell("void", current)
+            self._make_void(current, before, "void")
             return None
-        return self._complete(current)
+        self._tell("saving", current)
+        flat = self._aggregator.finish()
+        if not np.isfinite(flat).all():
+            self._make_void(current, before, "void: the replies that passed gave a model that is not finite")
+            return None
+        return self._complete(current, flat)
+
+    def _make_void(self, current: OpenRound, before: dict[str, Any], phase: str) -> None:
+        """Leave the model as it is: a round's replies have not counted, and count when they are sent again.
+
+        Faults stay faults, and releases releases.
+        """
+        self._screening.restore(before | {"quarantine": self._screening.quarantine.as_dict()})
+        self._aggregator.carried = self._last.carried
+        self._tell(phase, current)
 
     def _wait_for_devices(self) -> None:
-        """Wait until enough devices are online that have nothing left to do."""
+        """Wait until enough devices are online that have nothing left to do; one may be released meanwhile."""
+        self._release()
+        self._tell("waiting for devices")
         while len(self._free_devices()) < self._plan.rounds.min_devices:
             self._early += self._receive(_POLL_SECONDS)
+            self._release()
+
+    def _release(self) -> None:
+        """Take devices out of quarantine that a person has released; asked for until a round is saved with it."""
+        for device in set(orders.releases(self._folder)) - self._released:
+            self._screening.quarantine.release(device)
+            self._released.add(device)
 
     def _receive(self, seconds: float) -> list[tuple[Reply, int]]:
         """What has come, each with the version of the task that it answers."""
@@ -237,11 +257,8 @@ class Rounds:
             else:
                 current.accept(verdict)
 
-    def _complete(self, current: OpenRound) -> Record:
-        """Aggregate and save; a full disk is waited for, as all that the devices did would be lost."""
-        self._tell("saving", current)
-        flat = self._aggregator.finish()
-        assert np.isfinite(flat).all(), "screened replies gave a model that is not finite"
+    def _complete(self, current: OpenRound, flat: FloatArray) -> Record:
+        """Save; a full disk is waited for, as all that the devices did would be lost."""
         record = current.record(self.version + 1, None if self._accountant is None else self._accountant.epsilon)
         completed = Completed(record, flat, self._aggregator.carried, self._screening.as_dict())
         while True:
@@ -252,7 +269,14 @@ class Rounds:
                 self._pause(_FULL_DISK_SECONDS)
             else:
                 self._last = completed
+                self._forget_releases()
                 return record
+
+    def _forget_releases(self) -> None:
+        for device in self._released:
+            with contextlib.suppress(OSError):  # it would be released once more, that is all
+                orders.forget_release(self._folder, device)
+        self._released.clear()
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
