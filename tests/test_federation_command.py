@@ -1,9 +1,13 @@
 """`lowssl federation` as a person types it, with right and wrong input, and plans that are wrong by name."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,12 +21,17 @@ from lowssl_core.protocol.manifest import unpack
 from lowssl_core.recipe import load_recipe
 from server.aggregation.privacy import PrivateMeanConfig
 from server.aggregation.robust import TrimmedMeanConfig
+from server.api.federating import Federating
+from server.api.service import Service
 from server.federation import orders
+from server.federation.federation import Federation
 from server.federation.history import Completed, History, Record
-from server.federation.joins import join
+from server.federation.joins import Device, join
 from server.federation.operation import Operation, ScheduleConfig, Start, VersionsConfig
+from server.federation.overview import device_rows, round_rows
 from server.federation.plan import Plan
 from server.federation.plans import PlanFile, read_plan
+from server.federation.superlink import SuperLink
 from server.registry.registry import Registry, open_registry
 from server.registry.starts import open_start
 from server.settings import Settings
@@ -73,6 +82,11 @@ def test_a_federation_is_begun_ordered_stopped_and_shown(call: Call, data: Path,
     assert call("round")[1] == "ordered: rounds up to 1\n"
     assert "no round is completed yet" in call("history")[1]
     assert "no device has joined yet" in call("devices")[1]
+    # A person has been at the file: it asks for nothing, and is written anew.
+    for text in ("three", "3", "{}", '{"until": 1e999}'):
+        (data / "federation" / "order.json").write_text(text)
+        assert json.loads(call("status", "--json")[1])["ordered"] == 0, text
+    assert call("round")[1] == "ordered: rounds up to 1\n"
 
 
 def test_rounds_and_devices_are_listed(call: Call, data: Path, recipe: str, registry: Registry) -> None:
@@ -105,6 +119,52 @@ def test_rounds_and_devices_are_listed(call: Call, data: Path, recipe: str, regi
     status, _, errors = call("remove", identity.device)
     assert status == 2
     assert "no server runs the federation" in errors
+
+
+def test_old_rounds_are_not_read_to_show_the_last_ones_or_to_order_another(
+    call: Call, data: Path, recipe: str, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plan.toml").write_text("[schedule]\nevery_hours = 1\n")
+    call("start", "--recipe", recipe, "--plan", str(tmp_path / "plan.toml"))
+    folder = data / "federation"
+    history = History(folder)
+    counted = {3: "a", 4: "ab", 5: "b"}
+    for number in range(1, 6):
+        accepted = tuple({"device": device} for device in counted.get(number, "abc"))
+        record = Record(version=number, started="2026-01-02T03:04:05+00:00", accepted=accepted)
+        history.save(Completed(record, history.last().flat))
+    for number in range(3):  # whoever reads one finds no file
+        path = folder / "rounds" / f"{number:06}" / "round.json"
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        history.records()
+    monkeypatch.setattr("server.federation.overview.MOST_ROUNDS", 3)
+    assert [row["round"] for row in round_rows(folder, [])] == [5, 4, 3]
+    devices = [Device(id=name, name=name, joined=datetime.now(UTC), node=None) for name in "ab"]
+    assert [row["last_round"] for row in device_rows(devices, None, folder)] == [4, 5]
+    service = SimpleNamespace(settings=Settings(data_dir=data), registry=registry)
+    Federating(cast(Service, service))._order_if_due()
+    assert orders.ordered(folder) == 6
+    assert [record and record.version for record in map(history.record, (3, 5, 6))] == [3, 5, None]
+
+
+def test_an_order_that_nobody_can_read_does_not_end_the_servers_watch(
+    call: Call, data: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call("start", "--recipe", recipe)
+    folder, is_run, looks = data / "federation", threading.Event(), threading.Semaphore(0)
+    read = orders.ordered
+    monkeypatch.setattr("server.federation.orders.ordered", lambda folder: (looks.release(), read(folder))[1])
+    monkeypatch.setattr("server.federation.federation._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(SuperLink, "start", lambda self: None)
+    monkeypatch.setattr(Federation, "_run", lambda self, patience: is_run.set())
+    (folder / "order.json").write_text("three")
+    with Federation(folder):
+        assert all(looks.acquire(timeout=20) for _ in range(2)), "it looks once, and again"
+        assert not is_run.is_set()
+        orders.order(folder, 1)
+        assert is_run.wait(20)
 
 
 def test_the_start_is_the_encoders_weights_with_the_recipes_head(registry: Registry, recipe: str) -> None:
@@ -149,8 +209,11 @@ def test_begun_again_the_plan_changes_and_the_rounds_stay(call: Call, data: Path
         (["start", "--recipe", "tiny-moco-matched", "--plan", "none.toml"], "plan none.toml: No such file"),
         (["status"], "there is no folder"),
         (["round"], "there is no folder"),
-        (["token", "--uses", "0"], "0 uses; expected at least 1"),
+        (["token", "--uses", "0"], "0 uses; expected 1 to 1,000,000"),
+        (["token", "--uses", "99999999999999999999"], "99999999999999999999 uses; expected 1 to 1,000,000"),
         (["token", "--hours", "-1"], "-1 hours; expected more than 0, up to a year"),
+        (["token", "--hours", "nan"], "nan hours; expected more than 0, up to a year"),
+        (["token", "--hours", "1e30"], "1e+30 hours; expected more than 0, up to a year"),
         (["token", "--name", "a\nb"], "printable characters"),
     ],
 )
@@ -159,6 +222,25 @@ def test_what_a_person_can_mend_is_one_line(call: Call, words: list[str], said: 
     assert (status, errors.count("\n")) == (2, 1), errors
     assert errors.startswith("lowssl federation: ")
     assert said in errors
+
+
+def test_a_number_that_python_does_not_read_is_told_as_any_other(
+    call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in ("0", "\N{SUPERSCRIPT TWO}"):
+        with pytest.raises(SystemExit):
+            call("round", "--count", text)
+        said = capsys.readouterr().err
+        assert said.endswith(f"argument --count: {text}: expected a whole number, 1 to 100,000\n")
+
+
+def test_a_file_is_no_servers_folder(call: Call, data: Path) -> None:
+    data.write_text("of another program")
+    for words in (["token"], ["start"], ["status"]):
+        status, _, errors = call(*words)
+        assert (status, errors.count("\n")) == (2, 1)
+        assert f"--data-dir {data} is a file" in errors
+    assert data.read_text() == "of another program"
 
 
 def test_where_nothing_has_begun_it_says_how(call: Call, data: Path) -> None:
@@ -193,6 +275,7 @@ def test_a_version_without_weights_is_nothing_to_begin_with(
         ("[aggregator]\nmomentum = 3.0", "aggregator.momentum is 3.0; it is from 0 to below 1"),
         ("[aggregator]\nmomentum = 'a'", "aggregator.momentum is 'a'; it is a number"),
         ("[schedule]\nevery_hours = 0", "schedule.every_hours is 0.0; it is a number above 0"),
+        ("[schedule]\nevery_hours = 1e13", "schedule.every_hours is 1e+13; it is a number above 0, up to 8784"),
         ("[schedule]\ndevices = 0", "schedule.devices is 0; it is a whole number from 1"),
         ("[screening.comparison]\nreplise = 3", "unknown key screening.comparison.replise; screening.comparison has"),
         ("privacy = 1", "privacy is 1; it is a table"),

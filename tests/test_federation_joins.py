@@ -66,6 +66,20 @@ class Flower:
         return 2**64 - len(self.keys)  # Flower's ids are that large
 
 
+@pytest.mark.parametrize("uses", [0, -1, 10**7, 10**20])
+def test_uses_of_a_token_that_cannot_be_are_refused(database: Database, uses: int) -> None:
+    with pytest.raises(UserError, match="expected 1 to 1,000,000"):
+        create_token(database, uses=uses)
+
+
+@pytest.mark.parametrize("hours", [0.0, 1e13, float("nan"), float("inf")])
+def test_hours_that_cannot_be_are_refused(database: Database, hours: float) -> None:
+    with pytest.raises(UserError, match="up to a year"):
+        create_token(database, hours=hours)
+    with pytest.raises(ValueError, match="up to 8784"):
+        ScheduleConfig(every_hours=hours)
+
+
 def test_a_token_lets_so_many_devices_in_and_no_more(database: Database) -> None:
     flower, token = Flower(), create_token(database, uses=2)
     keys = [new_key()[1] for _ in range(3)]
@@ -246,6 +260,33 @@ def test_a_device_joins_over_tls_once(server: Site) -> None:
             assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json"), body
         assert client.post("/v1/devices", content="token=x").status_code == 415
         assert client.post("/v1/devices/" + identity.device + "/news", json={}).status_code == 422
+
+
+def test_a_removed_device_stays_out_until_it_has_another_key(server: Site) -> None:
+    identity = server.join("attic", server.token())
+    server.lowssl("remove", identity.device)
+    with server.client() as client:
+
+        def joined(public_key: str) -> httpx.Response:
+            return client.post("/v1/devices", json={"token": server.token(), "public_key": public_key, "name": "attic"})
+
+        def names() -> list[str]:
+            return [row["name"] for row in client.get("/v1/federation/devices").json()["devices"]]
+
+        answer = joined(identity.public)
+        assert answer.status_code == 422
+        assert "from an empty folder it joins with a new key" in answer.json()["detail"]
+        assert "attic" not in names()
+        anew = open_identity(server.root / "attic anew")
+        assert joined(anew.public).status_code == 201
+        assert names().count("attic") == 1
+        # Flower still lists the old key; it must not be taken for that of a device whose joining was cut off.
+        with server.registry() as registry:
+            nodes = {device.id: device.node for device in list_devices(registry.database)}
+            with registry.database.write() as session:  # as after a kill between Flower's answer and its writing down
+                session.get_one(DeviceRow, anew.device).node = None
+            assert joined(anew.public).status_code == 201
+            assert {device.id: device.node for device in list_devices(registry.database)} == nodes
 
 
 def test_control_calls_do_not_pass_the_public_port(server: Site) -> None:

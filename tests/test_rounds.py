@@ -33,7 +33,7 @@ from server.aggregation.means import FedAvgConfig, FedBuffConfig
 from server.aggregation.privacy import BudgetSpent, PrivateMeanConfig
 from server.aggregation.screening import ScreeningConfig
 from server.federation import orders
-from server.federation.federation import begin
+from server.federation.federation import begin, hold_lock
 from server.federation.history import History
 from server.federation.plan import Plan, PrivacyConfig, RoundsConfig
 from server.federation.rounds import Rounds, Stopped
@@ -329,6 +329,26 @@ def wait_for_phase(folder: Path, phase: str) -> None:
     while orders.told(folder)["phase"] != phase:
         assert time.monotonic() < end, orders.told(folder)
         time.sleep(0.01)
+
+
+def test_privacy_is_neither_turned_on_nor_off_once_rounds_are_run(tmp_path: Path) -> None:
+    private = Plan(
+        rounds=PLAIN.rounds,
+        screening=ScreeningConfig(comparison=None, max_staleness=0),
+        aggregator=PrivateMeanConfig(clip=1.0, noise_multiplier=1.0, expected_replies=2.0),
+        privacy=PrivacyConfig(sampling_rate=1.0, delta=1e-5, max_epsilon=1000),
+    )
+    for name, first, second in (("with", private, PLAIN), ("without", PLAIN, private)):
+        folder = tmp_path / name
+        begin(folder, MANIFEST, START, second)
+        run(folder, [Device(1, 0.1), Device(2, 0.1)], until=1, plan=first)  # before a round it may be
+        with pytest.raises(UserError, match=f"its rounds run {name} privacy, which stays so"):
+            begin(folder, MANIFEST, START, second)
+        assert Plan.from_json((folder / "plan.json").read_text()).privacy == first.privacy
+        # The first round is under way, by the plan that it began with.
+        begin(tmp_path / "first" / name, MANIFEST, START, first)
+        with hold_lock(tmp_path / "first" / name), pytest.raises(UserError, match=f"its rounds run {name} privacy"):
+            begin(tmp_path / "first" / name, MANIFEST, START, second)
 
 
 def test_one_diverged_device_does_not_stop_the_rounds(folder: Path) -> None:

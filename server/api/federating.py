@@ -77,6 +77,7 @@ class Federating:
 
         Raises:
             SuperLinkError: it does not answer, or refuses.
+            UserError: the device was removed; Flower never takes its key again.
         """
         superlink = self.federation.superlink
         try:
@@ -86,7 +87,11 @@ class Federating:
                 raise
             known = {device.node for device in list_devices(self._service.registry.database)}
             left = [device.node for device in superlink.devices() if device.node not in known]
-            if len(left) != 1:
+            if not left:
+                raise UserError(
+                    "this device was removed, and its key stays out; from an empty folder it joins with a new key"
+                ) from None
+            if len(left) > 1:
                 raise
             return left[0]
 
@@ -112,8 +117,9 @@ class Federating:
         history = History(self.folder)
         if orders.is_stopped(self.folder) or orders.ordered(self.folder) > history.newest():
             return
+        last = history.records(2)[-1]  # the newest may be one that is cut
         devices = list_devices(self._service.registry.database)
-        if is_round_due(operation.schedule, history.records()[-1], devices, datetime.now(UTC)):
+        if is_round_due(operation.schedule, last, devices, datetime.now(UTC)):
             order_rounds(self.folder, 1)
 
     async def _keep_making(self) -> None:

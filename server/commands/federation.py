@@ -63,7 +63,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 100_000:
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= 100_000:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 1 to 100,000")
     return int(text)
 
@@ -87,6 +87,8 @@ def _check_folder(arguments: argparse.Namespace, settings: "Settings") -> None:
     from server.federation.overview import has_begun
 
     folder = settings.data_dir.expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--data-dir {folder} is a file; it is the folder of lowssl-server")
     if arguments.action not in ("start", "token") and not folder.is_dir():
         raise UserError(f"there is no folder {folder}: --data-dir is that of lowssl-server")
     if arguments.action in ("round", "stop", "history", "version") and not has_begun(settings.federation_folder):
@@ -264,7 +266,8 @@ def _remove(arguments: argparse.Namespace, settings: "Settings", registry: "Regi
     if device.node in {registered.node for registered in registered_devices(folder)}:
         unregister_device(folder, device.node)
     remove_device(registry.database, device.id)
-    print(f"{device.name} ({device.id}) is removed: it cannot connect any more, but by a new token")
+    print(f"{device.name} ({device.id}) is removed: it cannot connect any more")
+    print("from an empty folder, where it makes another key, it may join by a new token")
     return 0
 
 

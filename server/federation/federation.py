@@ -29,10 +29,16 @@ def begin(folder: Path, manifest: Manifest, flat: FloatArray, plan: Plan) -> His
     """Start a federation from a model (size,), or change the plan of one that started from the same.
 
     Raises:
-        UserError: the folder holds another federation.
+        UserError: the folder holds another federation, or one whose rounds, done or under way, have privacy and would
+            have none, or the other way round: its epsilon would be that of some rounds, and read as that of all.
     """
-    history = History.begin(folder, manifest, flat)
-    write_atomically(folder / "plan.json", lambda file: file.write(plan.to_json().encode()))
+    history, path = History.begin(folder, manifest, flat), folder / "plan.json"
+    if path.exists() and (history.newest() > 0 or is_running(folder)):
+        was_private = Plan.from_json(path.read_text()).privacy is not None
+        if was_private != (plan.privacy is not None):
+            had = "with" if was_private else "without"
+            raise UserError(f"its rounds run {had} privacy, which stays so: begin another federation in another folder")
+    write_atomically(path, lambda file: file.write(plan.to_json().encode()))
     return history
 
 

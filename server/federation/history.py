@@ -1,6 +1,5 @@
 """The rounds completed so far, on disk: each one's model and how it came about, whole or not at all."""
 
-import contextlib
 import hashlib
 import json
 import secrets
@@ -154,14 +153,18 @@ class History:
             if 0 < version < before:
                 (self._folder / _name(version) / _MODEL).unlink(missing_ok=True)
 
-    def records(self) -> list[Record]:
-        """How each version came about, in order."""
-        records = []
-        for version in self._versions():
-            with contextlib.suppress(ValueError):  # a record that is cut: its round has not happened
-                text = (self._folder / _name(version) / _RECORD).read_text()
-                records.append(_record(json.loads(text)["record"]))
-        return records
+    def records(self, last: int | None = None) -> list[Record]:
+        """How each version came about, in order; of the last so many alone, as there may be thousands."""
+        versions = self._versions() if last is None else self._versions()[-last:]
+        found = [self.record(version) for version in versions]
+        return [record for record in found if record is not None]
+
+    def record(self, version: int) -> Record | None:
+        """How a version came about; None if it is not there, or cut: its round has not happened."""
+        try:
+            return _record(json.loads((self._folder / _name(version) / _RECORD).read_text())["record"])
+        except (FileNotFoundError, ValueError):
+            return None
 
     def save(self, completed: Completed) -> None:
         """Write a round down.

@@ -21,6 +21,7 @@ from server.database.tables import DeviceRow, JoinTokenRow
 
 PREFIX = "lowssl-join-"
 LONGEST_NAME = 100
+MOST_USES = 1_000_000
 LONGEST_KEY = 1000
 CLOCKS_SECONDS = 300.0
 """By which a device's clock may differ from the server's."""
@@ -67,11 +68,11 @@ def create_token(database: Database, *, name: str = "", uses: int = 1, hours: fl
         hours: until it expires.
 
     Raises:
-        UserError: a name that a table could not show, fewer than one use, or no time.
+        UserError: a name that a table could not show, no number of uses, or no time.
     """
     check_name(name)
-    if uses < 1:
-        raise UserError(f"{uses} uses; expected at least 1")
+    if not 1 <= uses <= MOST_USES:
+        raise UserError(f"{uses} uses; expected 1 to {MOST_USES:,}")
     if not 0 < hours <= 24 * 366:
         raise UserError(f"{hours:g} hours; expected more than 0, up to a year")
     id_ = secrets.token_hex(6)
@@ -144,7 +145,7 @@ def list_devices(database: Database) -> list[Device]:
 
 
 def remove_device(database: Database, id_: str) -> None:
-    """Forget a device; with a new token it may join again."""
+    """Forget a device; with another key it may join again."""
     with database.write() as session:
         row = session.get(DeviceRow, id_)
         if row is not None:

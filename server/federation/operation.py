@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from lowssl_core.errors import UserError
 from lowssl_core.files import write_atomically
 
 _FILE = "operation.json"
+_YEAR_HOURS = 24 * 366
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class ScheduleConfig:
     """When rounds are ordered without a person; nothing given: never.
 
     Attributes:
-        every_hours: one, so long after the last one was completed.
+        every_hours: one, so long after the last one was completed; a year at most.
         devices: one, when so many devices have told of enough new images since.
         new_images: how many are enough.
     """
@@ -27,8 +27,8 @@ class ScheduleConfig:
     new_images: int = 100
 
     def __post_init__(self) -> None:
-        if self.every_hours is not None and not 0 < self.every_hours < math.inf:
-            raise ValueError(f"every_hours is {self.every_hours}; it is a number above 0")
+        if self.every_hours is not None and not 0 < self.every_hours <= _YEAR_HOURS:
+            raise ValueError(f"every_hours is {self.every_hours}; it is a number above 0, up to {_YEAR_HOURS}")
         for name in ("devices", "new_images"):
             value = getattr(self, name)
             if value is not None and value < 1:

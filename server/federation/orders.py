@@ -14,10 +14,10 @@ def order(folder: Path, until: int) -> None:
 
 
 def ordered(folder: Path) -> int:
-    """The version that was asked for; 0 if none was."""
+    """The version that was asked for; 0 if none was, or nobody can tell which: the next order writes it anew."""
     try:
         return int(json.loads((folder / "order.json").read_text())["until"])
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
         return 0
 
 

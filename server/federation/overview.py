@@ -72,22 +72,18 @@ def device_rows(devices: Iterable[Device], online: Mapping[int, str] | None, fol
         online: what Flower says of each of its ids; None: it cannot be asked.
         folder: of the federation.
     """
-    held = orders.told(folder).get("quarantine", {})
-    seen: dict[str, tuple[int, str]] = {}
-    if has_begun(folder):
-        for record in History(folder).records():
-            seen |= {str(row["device"]): (record.version, record.started) for row in record.accepted}
+    held, devices = orders.told(folder).get("quarantine", {}), list(devices)
+    last = _last_rounds(folder, {device.id for device in devices})
     rows = []
     for device in devices:
         status = "unknown" if online is None or device.node is None else online.get(device.node, "removed")
-        last = seen.get(device.id)
         rows.append(
             {
                 "device": device.id,
                 "name": device.name,
                 "status": status,
                 "joined": _iso(device.joined),
-                "last_round": None if last is None else last[0],
+                "last_round": last.get(device.id),
                 "new_images": device.new_images,
                 "told": _iso(device.told),
                 "quarantine": held.get(device.id),
@@ -103,7 +99,9 @@ def round_rows(folder: Path, versions: Iterable[Version]) -> list[dict[str, Any]
     history = History(folder)
     made = rounds_made(versions, history.run)
     rows = []
-    for record in reversed(history.records()[1:][-MOST_ROUNDS:]):
+    for record in reversed(history.records(MOST_ROUNDS)):
+        if record.version == 0:  # what it began with
+            continue
         version = made.get(record.version)
         rows.append(
             {
@@ -122,6 +120,21 @@ def round_rows(folder: Path, versions: Iterable[Version]) -> list[dict[str, Any]
             }
         )
     return rows
+
+
+def _last_rounds(folder: Path, devices: set[str]) -> dict[str, int]:
+    """By device, the last round that it counted in, if it ever did."""
+    last: dict[str, int] = {}
+    if not has_begun(folder):
+        return last
+    history = History(folder)
+    for version in range(history.newest(), 0, -1):
+        if last.keys() >= devices:  # mostly after a few, of rounds that may be thousands
+            break
+        record = history.record(version)
+        for row in () if record is None else record.accepted:
+            last.setdefault(str(row["device"]), version)
+    return last
 
 
 def _phase(folder: Path, told: str, *, is_due: bool) -> str:

@@ -135,7 +135,7 @@ class SuperLink:
             name: for people.
 
         Raises:
-            SuperLinkError: the key is not such a key, or registered already.
+            SuperLinkError: the key is not such a key, or is or was registered: Flower forgets none.
         """
         path = self._home / "registering.pub"
         write_atomically(path, lambda file: file.write(public_key.encode()))
@@ -192,8 +192,9 @@ def unregister_device(folder: Path, node: int) -> None:
 
 
 def _devices(home: Path) -> list[Registered]:
-    answer = _tell(home, "supernode", "list", _NAME)
-    return [Registered(int(node["node-id"]), str(node["status"]).lower()) for node in answer["nodes"]]
+    nodes = _tell(home, "supernode", "list", _NAME)["nodes"]
+    found = [Registered(int(node["node-id"]), str(node["status"]).lower()) for node in nodes]
+    return [device for device in found if device.status != "unregistered"]  # Flower lists those for ever
 
 
 def _tell(home: Path, *words: str) -> dict[str, Any]:

@@ -155,7 +155,8 @@ class Federated(Course):
             self._link.open_round(number)
             if self._rounds.run_round() is None:
                 raise UserError(f"round {number} is void: too few replies count; {self._server}/status.json says why")
-        record = next(each for each in self._rounds.history.records() if each.version == number)
+        record = self._rounds.history.record(number)
+        assert record is not None, "it has just been saved, or was found whole"
         account = self._account(record.asked)
         return account | {
             "bytes_down": record.bytes_down,
