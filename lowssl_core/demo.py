@@ -35,7 +35,7 @@ from lowssl_core.run import CHECKPOINT, ENCODER
 from lowssl_core.sources import Source, open_source
 from lowssl_core.sources.memory import load_images
 
-RECIPE = "tiny-dino-matched"
+RECIPE = "tiny-moco-matched"
 DATA = "photos"
 # What a run's folder holds, and what a new run replaces; nothing else in it is touched.
 RUN_FILES = (CHECKPOINT, ENCODER, "metrics.jsonl", "nonfinite.json")

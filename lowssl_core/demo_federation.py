@@ -13,7 +13,7 @@ from typing import IO, Any
 from lowssl_core.interruption import Interruption
 
 # How many rounds, the steps of a device in each, and the images it gets before and after its scenes change.
-ROUNDS, STEPS, IMAGES = 6, 25, 300
+ROUNDS, STEPS, IMAGES = 6, 60, 300
 RESULTS = "results.json"
 _POLL_SECONDS = 0.1
 

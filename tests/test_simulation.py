@@ -205,6 +205,14 @@ def test_wrong_input_is_one_line_and_status_2(data, tmp_path, capsys, options, s
     assert not list(tmp_path.iterdir())  # the folder is free for what was meant
 
 
+def test_a_file_is_no_folder_of_a_simulation(data, tmp_path, capsys):
+    path = tmp_path / "notes.txt"
+    path.write_text("of a person")
+    assert simulate(data, path, "--devices", "2") == 2
+    assert capsys.readouterr().err == f"lowssl simulate: --out {path} is a file; it is the folder of everything\n"
+    assert path.read_text() == "of a person"
+
+
 def test_a_folder_of_another_simulation_is_refused(data, tmp_path, capsys):
     assert simulate(data, tmp_path, "--devices", "2", "--rounds", "1", "--images", "8") == 0
     capsys.readouterr()

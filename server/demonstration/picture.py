@@ -66,6 +66,7 @@ def _draw_curves(axis: Axes, figures: Figures) -> None:
     axis.set_xlabel("round")
     axis.set_xlim(0, len(figures.shared))
     axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))  # whole percent
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axis.margins(y=0.12)
     label_ends(axis, ends)

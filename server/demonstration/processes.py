@@ -53,8 +53,11 @@ class Processes:
         if "server" in self._kept:
             self._kept["server"].stop()
 
-    def start_server(self) -> None:
+    def start_server(self, probe: Path | None = None) -> None:
         """Start the server, and wait until it says where it is.
+
+        Args:
+            probe: folder of the images that its gate looks at; None: those that come along.
 
         Raises:
             UserError: it does not; the log is named.
@@ -66,6 +69,8 @@ class Processes:
             "LOWSSL_SERVER_EXECUTION": "pool",
             "LOWSSL_SERVER_HOST": "127.0.0.1",
         }
+        if probe is not None:
+            environment["LOWSSL_SERVER_PROBE"] = str(probe.absolute())
         server = self._keep("server", "server.main", *arguments, environment=environment)
         end = time.monotonic() + _SERVER_SECONDS
         while (found := _ADDRESS.search(said := server.tail(100))) is None:

@@ -72,9 +72,11 @@ class Demonstration:
         scenes = make_scenes(settings.images, _SEED)
         for camera in CAMERAS:
             self._deliver(scenes, camera.name, part=0)
+        probe = settings.out / "probe"
+        scenes.write_probe(probe)
         _say(_announcement(scenes, settings))
         with Processes(settings.server, settings.out, config, self._asked.check) as processes:
-            processes.start_server()
+            processes.start_server(probe)
             # Its SuperLink takes a while, and so does reading the checkpoint.
             words = ("--from", str(settings.checkpoint), "--plan", str(plan), "--rounds", str(settings.half))
             processes.lowssl("start", *words)

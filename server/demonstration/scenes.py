@@ -57,9 +57,13 @@ class Scenes:
     def deliver(self, camera: str, part: int, folder: Path) -> None:
         """Write what a camera sees in a part, 0 or 1, into a folder, as PNGs in the order of the stream."""
         for position, index in enumerate(self.streams[camera].parts[part]):
-            unfinished = folder / f".{part}-{position:04}.png"
-            unfinished.write_bytes(cv2.imencode(".png", _pixels(self.seen, int(index))[..., ::-1])[1].tobytes())
-            unfinished.replace(folder / unfinished.name.removeprefix("."))
+            _write(_pixels(self.seen, int(index)), folder / f"{part}-{position:04}.png")
+
+    def write_probe(self, folder: Path) -> None:
+        """Write each tile held out through one lens, without a label: the server's gate looks at what cameras see."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in range(len(self.asked) // _LENSES):
+            _write(_pixels(self.asked, index), folder / f"{index:04}.png")
 
 
 def make_scenes(images: int, seed: int) -> Scenes:
@@ -105,6 +109,13 @@ def _soiled(tiles: Source, indices: Sequence[int], rng: np.random.Generator) -> 
         labels=[label for index in indices if (label := tiles.label(index)) is not None],
         classes=tiles.classes,
     )
+
+
+def _write(pixels: NDArray[np.uint8], path: Path) -> None:
+    """Write a PNG that is never seen half."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_bytes(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
+    unfinished.replace(path)
 
 
 def _pixels(source: Source, index: int) -> NDArray[np.uint8]:

@@ -106,6 +106,8 @@ def prepare(options: SimulationOptions) -> Simulation:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: wanted a whole number from 1")
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {options.out} is a file; it is the folder of everything")
     if options.stream > options.rounds:
         raise UserError(f"--stream {options.stream}: a part takes a round at least, and --rounds is {options.rounds}")
     of_recipe, of_federation = separate(options.overrides)
