@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from client.channel import Frame, Listener
-from client.folder import PAUSED, SOCKET, TALLY
+from client.folder import PAUSED, REPLIES, SOCKET, TALLY
 from client.tally import Tally
 from lowssl_core.files import write_atomically
 from lowssl_core.protocol import BadUpdate
@@ -86,7 +86,7 @@ class Agent:
         self._open_learner, self._waiting = open_learner, waiting
         self._at_leisure, self._leisure_seconds, self._about = at_leisure, leisure_seconds, about
         self._learner: Learner | None = open_learner()
-        self._replies, self._paused = folder / "replies", folder / PAUSED
+        self._replies, self._paused = folder / REPLIES, folder / PAUSED
         self._replies.mkdir(parents=True, exist_ok=True)
         self._tally = Tally(folder / TALLY)
         self._changed = threading.Condition()
@@ -144,8 +144,8 @@ class Agent:
         try:
             if not self._waiting():
                 self._at_leisure()
-        except (OSError, ValueError, sqlite3.Error) as error:
-            _LOG.warning("%s", error)
+        except (OSError, ValueError, MemoryError, sqlite3.Error) as error:
+            _LOG.warning("%s", error or type(error).__name__)
 
     def _train(self, work: _Work) -> bytes:
         _LOG.info("round %d: begun", work.task.round)

@@ -11,10 +11,9 @@ from typing import NamedTuple, Self
 
 from client.contents import BAD, LEARNED, NEW, Counts, count_arrivals, list_set_aside
 from client.database import Transaction, open_database
-from client.folder import ARRIVALS
+from client.folder import ARRIVALS, ImagesAwayError
 from client.walking import Bits, File, hash_file, walk
-from lowssl_core.errors import UserError
-from lowssl_core.images import BadImage, ImageLimits, decode, read_size
+from lowssl_core.images import BadImage, ImageLimits, NotEnoughMemory, decode, read_size
 
 _VERSION = 1
 _SCHEMA = """
@@ -27,7 +26,8 @@ CREATE INDEX IF NOT EXISTS files_by_content ON files (content)
 """
 # Files between two commits: what a kill makes the next scan examine again.
 _FILES_PER_COMMIT = 64
-# A time that no file has: one that could not be read is opened again by the next scan, as rights change without it.
+# A time that no file has: one that could not be read is opened again by the next scan, as rights, memory and contents
+# change without it.
 _TRY_AGAIN = -1
 
 
@@ -96,7 +96,8 @@ class Arrivals:
         limits: accepted image sizes in pixels.
 
     Raises:
-        UserError: no such folder, or an index that cannot be used.
+        ImagesAwayError: no such folder.
+        UserError: an index that cannot be used.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Arrivals:
         limits: ImageLimits | None = None,
     ) -> None:
         if not folder.is_dir():
-            raise UserError(f"--images {folder}: there is no such folder")
+            raise ImagesAwayError(f"--images {folder}: there is no such folder")
         self.folder = folder
         self.config = config or ArrivalsConfig()
         self._limits = limits or ImageLimits()
@@ -130,19 +131,25 @@ class Arrivals:
         """Look through the folder for what came, changed or went.
 
         Args:
-            examine: open at most so many files, so that a first look at a large folder can be taken in parts.
+            examine: open at most so many files, so that a first look at a large folder can be taken in parts; those
+                that could not be read before are opened beside them, or many of them would keep others from their turn.
 
         Raises:
-            UserError: the folder is gone.
+            ImagesAwayError: the folder is gone, or may not be read.
         """
-        if not self.folder.is_dir():
-            raise UserError(f"--images {self.folder}: there is no such folder any more")
+        try:
+            os.scandir(self.folder).close()
+        except (FileNotFoundError, NotADirectoryError):
+            raise ImagesAwayError(f"--images {self.folder}: there is no such folder any more") from None
+        except OSError as error:
+            raise ImagesAwayError(f"--images {self.folder}: {error.strerror}") from None
         counts = dict.fromkeys(ScanReport.__dataclass_fields__, 0)
         opened = 0
         seen = Bits()
         settling: dict[str, tuple[File, float]] = {}
         waiting: list[File] = []
-        for file in walk(self.folder):
+        unreadable: list[str] = []
+        for file in walk(self.folder, unreadable):
             counts["files"] += 1
             known = self._known(file.path)
             if known is not None:
@@ -151,6 +158,8 @@ class Arrivals:
                     continue
             if not self._is_settled(file, settling):
                 counts["settling"] += 1
+            elif known is not None and known.modified == _TRY_AGAIN:
+                waiting.append(file)
             elif examine is not None and opened == examine:
                 counts["unexamined"] += 1
             else:
@@ -160,7 +169,7 @@ class Arrivals:
                 self._take(waiting, seen, counts)
         self._take(waiting, seen, counts)
         self._settling = settling
-        counts["vanished"] = self._forget_vanished(seen)
+        counts["vanished"] = self._forget_vanished(seen, unreadable)
         return ScanReport(**counts)
 
     def new(self, limit: int) -> list[str]:
@@ -176,7 +185,7 @@ class Arrivals:
         """The bytes of an image.
 
         Raises:
-            BadImage: it is gone, or changed since it was found.
+            BadImage: it is gone, cannot be read, or changed since it was found; the next scan finds out which.
         """
         for path in self._paths(key):
             try:
@@ -185,6 +194,11 @@ class Arrivals:
                 continue
             if hashlib.sha256(data).hexdigest() == key:
                 return data
+        with Transaction(self._database):
+            self._database.execute(
+                "UPDATE files SET modified = ? WHERE content = (SELECT id FROM contents WHERE key = ?)",
+                (_TRY_AGAIN, bytes.fromhex(key)),
+            )
         raise BadImage("gone or changed since it was found")
 
     def mark_learned(self, keys: Iterable[str]) -> None:
@@ -246,11 +260,12 @@ class Arrivals:
                     reason = ""
                 except FileNotFoundError:
                     continue
+                except (NotEnoughMemory, OSError) as error:
+                    why = error.strerror if isinstance(error, OSError) else error.reason
+                    content, outcome, reason = None, "set_aside", f"cannot be read: {why}"
+                    file = file._replace(modified=_TRY_AGAIN)  # noqa: PLW2901
                 except BadImage as error:  # nothing is known of its content
                     content, outcome, reason = None, "set_aside", error.reason
-                except OSError as error:
-                    content, outcome, reason = None, "set_aside", f"cannot be read: {error.strerror}"
-                    file = file._replace(modified=_TRY_AGAIN)  # noqa: PLW2901
                 counts[outcome] += 1
                 seen.add(self._record(file, content, reason))
         files.clear()
@@ -269,7 +284,7 @@ class Arrivals:
         """A file's content by its number, and what the file is: "new", "duplicates" or "set_aside".
 
         Raises:
-            BadImage: it is not even read.
+            BadImage: it is not even read; NotEnoughMemory: this time.
             OSError: it cannot be read.
         """
         if file.size > self.config.max_file_bytes:
@@ -286,17 +301,24 @@ class Arrivals:
         return row, "set_aside" if reason else "new"
 
     def _defect(self, data: bytes) -> str:
-        """Why an image cannot be used; "" where it can."""
+        """Why an image cannot be used; "" where it can. Raises NotEnoughMemory where that cannot be told."""
         try:
             read_size(data, self._limits)
             decode(data, reduce=8, limits=self._limits)  # the whole of a JPEG is read all the same
+        except NotEnoughMemory:
+            raise
         except BadImage as error:
             return error.reason
         return ""
 
-    def _forget_vanished(self, seen: Bits) -> int:
-        """Drop the files that are gone; what is known of their contents stays."""
-        gone = [row for (row,) in self._database.execute("SELECT id FROM files") if row not in seen]
+    def _forget_vanished(self, seen: Bits, unreadable: Iterable[str]) -> int:
+        """Drop the files that are gone, but for those in folders that nobody could look into.
+
+        What is known of their contents stays.
+        """
+        unknown = tuple(os.fsencode(prefix) for prefix in unreadable)
+        files = self._database.execute("SELECT id, path FROM files")
+        gone = [row for row, path in files if row not in seen and not bytes(path).startswith(unknown)]
         with Transaction(self._database):
             self._database.executemany("DELETE FROM files WHERE id = ?", ((row,) for row in gone))
         return len(gone)

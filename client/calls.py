@@ -56,10 +56,11 @@ def parse_url(url: str) -> Server:
     """A server's place from "https://HOST:PORT"; UserError says what is wrong with it."""
     try:
         parts = urlsplit(url)
-        port = parts.port or _PORT
+        port = _PORT if parts.port is None else parts.port
     except ValueError as error:
         raise UserError(f"{url}: {error}; a server's URL is https://HOST:PORT") from None
-    if parts.scheme != "https" or not parts.hostname or parts.username or parts.path.strip("/") or parts.query:
+    more = parts.username or parts.path.strip("/") or parts.query
+    if parts.scheme != "https" or not parts.hostname or port == 0 or more:
         raise UserError(f"{url}: a server's URL is https://HOST:PORT")
     return Server(parts.hostname, port)
 
@@ -88,7 +89,7 @@ def post(server: Server, certificate: Path, path: str, content: dict[str, Any], 
         data = response.read(_MAX_ANSWER)
     except ssl.SSLCertVerificationError as error:
         raise UserError(f"{server.address}: its certificate is not trusted: {error.verify_message}") from None
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, UnicodeError, http.client.HTTPException) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{server.address} cannot be reached: {reason}") from None
     finally:

@@ -27,6 +27,10 @@ class ChannelError(OSError):
     """The other side cannot be reached, left, or speaks another language; the message is one line."""
 
 
+class NobodyListensError(ChannelError):
+    """No agent runs on this folder."""
+
+
 @dataclass(frozen=True)
 class Frame:
     """What goes one way over the channel.
@@ -52,7 +56,8 @@ def ask(path: Path, question: Frame, *, seconds: float | None = None) -> Frame:
         seconds: how long the answer may take; None: as long as the agent lives.
 
     Raises:
-        ChannelError: nobody listens there, the other side left or took too long, or the answer is malformed.
+        NobodyListensError: nobody listens there.
+        ChannelError: the other side left or took too long, or the answer is malformed.
     """
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as connection:
         connection.settimeout(seconds)
@@ -60,7 +65,7 @@ def ask(path: Path, question: Frame, *, seconds: float | None = None) -> Frame:
             with _short(path) as name:
                 connection.connect(name)
         except OSError as error:
-            raise ChannelError(f"no agent listens at {path} ({error.strerror or error})") from None
+            raise NobodyListensError(f"no agent listens at {path} ({error.strerror or error})") from None
         try:
             write_frame(connection, question)
             return read_frame(connection)

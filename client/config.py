@@ -61,8 +61,8 @@ class DeviceConfig:
     rescan_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.rescan_seconds < float("inf"):
-            raise ValueError(f"rescan_seconds is {self.rescan_seconds}; it is a number above 0")
+        if not 0 < self.rescan_seconds <= 86_400:
+            raise ValueError(f"rescan_seconds is {self.rescan_seconds}; it is a number above 0, up to 86,400 (a day)")
 
 
 def load_config(path: Path | None) -> DeviceConfig:

@@ -16,6 +16,7 @@ VARIABLE = "LOWSSL_CLIENT_DIR"
 SOCKET = "agent.sock"
 PAUSED = "paused"
 TALLY = "rounds.json"
+REPLIES = "replies"
 NEWS = "news.json"
 ARRIVALS = "arrivals.sqlite3"
 MEMORY = "memory/memory.sqlite3"
@@ -23,11 +24,24 @@ _JOINED = "joined.json"
 _LOCK = "lock"
 
 
+class ImagesAwayError(UserError):
+    """The folder of images is not there, or may not be read; a disk that is not mounted yet may be, soon."""
+
+    status = 1
+
+
 def default_folder() -> Path:
-    """$LOWSSL_CLIENT_DIR, or lowssl-client in the place for programs' state, ~/.local/state (XDG)."""
+    """$LOWSSL_CLIENT_DIR, or lowssl-client in the place for programs' state, ~/.local/state (XDG).
+
+    Raises:
+        UserError: this user has no home.
+    """
     if named := os.environ.get(VARIABLE):
         return Path(named)
-    states = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    try:
+        states = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    except RuntimeError:  # no HOME, and no such user
+        raise UserError(f"this user has no home: give --folder, or ${VARIABLE}") from None
     return states / "lowssl-client"
 
 

@@ -79,8 +79,9 @@ def pin_server(folder: Path, host: str, port: int, *, fingerprint: str | None = 
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is compared, not verified
             with context.wrap_socket(connection, server_hostname=host) as secured:
                 certificate = secured.getpeercert(binary_form=True)
-    except OSError as error:
-        raise UserError(f"{host}:{port} cannot be reached over TLS: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{host}:{port} cannot be reached over TLS: {reason}") from None
     assert certificate is not None, "a TLS server without a certificate"
     found = hashlib.sha256(certificate).hexdigest()
     if fingerprint is not None and found != fingerprint.replace(":", "").lower():

@@ -11,7 +11,7 @@ from client.continual import evaluating
 from client.memory import ReplayMemory, Staged, compact
 from client.redundancy import nearest_similarity
 from lowssl_core.embedding import embed_inputs
-from lowssl_core.images import BadImage, decode
+from lowssl_core.images import BadImage, NotEnoughMemory, decode
 from lowssl_core.preprocess import Preprocess
 
 # Images that are made ready and embedded at a time.
@@ -90,6 +90,8 @@ class Intake:
                 continue  # the next scan finds out what became of it
             try:
                 ready.append((key, self._compact(data)))
+            except NotEnoughMemory:
+                continue  # it stays new
             except BadImage as error:
                 self._arrivals.put_aside(key, error.reason)
         features = self.embed([data for _, data in ready])

@@ -7,18 +7,26 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from client.folder import PAUSED, VARIABLE, default_folder, locked, read_joined
+from client.folder import PAUSED, REPLIES, VARIABLE, ImagesAwayError, default_folder, locked, read_joined
 from lowssl_core import __version__
 from lowssl_core.command_line import run_for_user
 from lowssl_core.errors import UserError
-from lowssl_core.files import write_atomically
+from lowssl_core.files import remove_unfinished, write_atomically
+
+_NOT_JOINED = "no server joined yet: lowssl-client join URL --token T"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit status: 0, also where SIGTERM ended it, and 2 for what the user can mend."""
     arguments = _parser().parse_args(argv)
+    return run_for_user(f"lowssl-client {arguments.command}", lambda: _run_command(arguments))
+
+
+def _run_command(arguments: argparse.Namespace) -> int:
+    if arguments.folder is None:
+        arguments.folder = default_folder()
     run: Callable[[argparse.Namespace], int] = arguments.run
-    return run_for_user(f"lowssl-client {arguments.command}", lambda: run(arguments))
+    return run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,7 +44,6 @@ def _parser() -> argparse.ArgumentParser:
             "--folder",
             type=Path,
             metavar="DIR",
-            default=default_folder(),
             help=f"the device's key, model and memory (default: ${VARIABLE}, or ~/.local/state/lowssl-client)",
         )
         return command
@@ -99,11 +106,14 @@ def _run(arguments: argparse.Namespace) -> int:
     folder, images = arguments.folder.absolute(), arguments.images
     joined = read_joined(folder)
     if joined is None:
-        raise UserError(f"{folder}: no server joined yet: lowssl-client join URL --token T")
+        raise UserError(f"{folder}: {_NOT_JOINED}")
     if not images.is_dir():
-        raise UserError(f"--images {images}: there is no such folder")
+        raise ImagesAwayError(f"--images {images}: there is no such folder")
     with locked(folder):
         from client.config import load_config
+
+        for written in (folder, folder / REPLIES):
+            remove_unfinished(written)
 
         config = load_config(arguments.config)
 
@@ -122,15 +132,21 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _pause(arguments: argparse.Namespace) -> int:
-    write_atomically(_existing(arguments.folder) / PAUSED, lambda file: None)
+    write_atomically(_joined(arguments.folder) / PAUSED, lambda file: None)
     print("paused: the agent stops between two steps, and stays so until lowssl-client resume")
     return 0
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    (_existing(arguments.folder) / PAUSED).unlink(missing_ok=True)
+    (_joined(arguments.folder) / PAUSED).unlink(missing_ok=True)
     print("resumed")
     return 0
+
+
+def _joined(folder: Path) -> Path:
+    if read_joined(_existing(folder)) is None:
+        raise UserError(f"{folder}: {_NOT_JOINED}")
+    return folder
 
 
 def _existing(folder: Path) -> Path:

@@ -18,6 +18,8 @@ from lowssl_core.processes import KeptProcess, free_port, programs_path
 _HOST = "127.0.0.1"
 # What flower-supernode writes when it starts, and when the server has let it in.
 _BEGINS, _CONNECTED = "Starting Flower SuperNode", "SuperNode ID:"
+# What it says for as long as the server is away, and when it is back.
+_RETRIES, _BACK = "Connection attempt failed", "Connection successful"
 _LAST_LINES = 500
 _INSTALLED_SECONDS = 3.0  # that Flower takes to install a bundle, and much more
 _PART_BYTES, _PART_SECONDS = 2**20, 5
@@ -91,9 +93,12 @@ class Node:
         """Why the device is not connected, by what Flower said last; "" if it is."""
         said = _COLOR.sub("", self.process.tail(_LAST_LINES)).rpartition(_BEGINS)[2].splitlines()
         is_running = self.process.pid is not None
-        if is_running and (len(said) >= _LAST_LINES or any(_CONNECTED in line for line in said)):
+        reached = max((number for number, line in enumerate(said) if _CONNECTED in line or _BACK in line), default=None)
+        since = said if reached is None else said[reached + 1 :]
+        is_known = reached is not None or len(said) >= _LAST_LINES
+        if is_running and is_known and not any(_RETRIES in line for line in since):
             return ""
-        failures = [line for line in said if _FAILURE.search(line)]
+        failures = [line for line in since if _FAILURE.search(line)]
         return f"not connected: {_LEVEL.sub('', failures[-1]).strip()}" if failures else "not connected yet"
 
     def mend(self) -> None:

@@ -25,6 +25,7 @@ from client.news import News
 from client.node import Node
 from client.tasks import TaskLearner
 from client.throttle import Throttle
+from lowssl_core.errors import UserError
 from lowssl_core.recipe import Recipe
 
 _LOG = logging.getLogger(__name__)
@@ -101,8 +102,23 @@ def _keep_to(caps: CapsConfig) -> None:
     cv2.setNumThreads(threads)
     os.nice(max(0, caps.niceness - os.nice(0)))
     if caps.memory_bytes is not None:
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (caps.memory_bytes, hard))
+        _cap_memory(caps.memory_bytes)
+
+
+def _cap_memory(limit: int) -> None:
+    """Let the kernel hold this process, and those it starts, to so many bytes each; UserError where it cannot."""
+    taken = next(
+        1024 * int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmData:")
+    )
+    if limit <= taken:
+        raise UserError(f"caps.memory_bytes is {limit:,}; the agent takes {taken:,} before it has begun")
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    except (ValueError, OverflowError):
+        raise UserError(f"caps.memory_bytes is {limit:,}; this machine's limit is lower: ulimit -d") from None
 
 
 def _stop_on_signals(agent: Agent) -> None:

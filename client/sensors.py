@@ -197,11 +197,15 @@ class MeteredConfig:
 
     Attributes:
         interfaces: patterns of names, as of mobile modems, with blanks between them.
-        file: absolute path.
+        file: absolute path; empty: there is no such file.
     """
 
     interfaces: str = "wwan* ppp* rmnet*"
     file: str = "/run/lowssl/metered"
+
+    def __post_init__(self) -> None:
+        if self.file and not self.file.startswith("/"):
+            raise ValueError(f"file is {self.file!r}; it is an absolute path, or empty")
 
     def build(self, root: Path) -> Provider:
         """The provider, reading below `root`."""
@@ -215,7 +219,7 @@ class _Metered:
         self._routes = root / "proc/net/route"
 
     def reason(self) -> str:
-        if self._file.exists():
+        if self._config.file and self._file.exists():
             return f"the network is metered ({self._config.file} exists)"
         interface = self._interface()
         if not any(fnmatch.fnmatch(interface, pattern) for pattern in self._config.interfaces.split()):
@@ -244,9 +248,11 @@ class QuietHoursConfig:
     def __post_init__(self) -> None:
         for name in ("start", "end"):
             try:
-                datetime.time.fromisoformat(getattr(self, name))
+                is_local = datetime.time.fromisoformat(getattr(self, name)).tzinfo is None
             except ValueError:
-                raise ValueError(f'{name} is {getattr(self, name)!r}; it is a time of day, as "22:00"') from None
+                is_local = False
+            if not is_local:
+                raise ValueError(f'{name} is {getattr(self, name)!r}; it is a local time of day, as "22:00"')
 
     def build(self, clock: Clock) -> Provider:
         """The provider, on a clock of local time."""

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from client.channel import ChannelError, Frame, ask
+from client.channel import ChannelError, Frame, NobodyListensError, ask
 from client.contents import count_arrivals, count_memory, list_set_aside, looked_at, read_facts
 from client.folder import ARRIVALS, MEMORY, NEWS, PAUSED, SOCKET, TALLY, read_joined
 
@@ -17,13 +17,15 @@ _SET_ASIDE = 20
 def look(folder: Path) -> dict[str, Any]:
     """Everything that is known of a device, as plain values.
 
-    Keys: `joined` (or None), `agent` (what it answered, or None where none runs), `problem` (why it did not answer),
+    Keys: `joined` (or None), `agent` (what it answered, or None), `problem` (why one that runs did not answer),
     `paused`, `images`, `memory`, `news` (what the server was told last of new images), `rounds`.
     """
     joined = read_joined(folder)
     agent, problem = None, ""
     try:
         agent = dict(ask(folder / SOCKET, Frame({"ask": "status"}), seconds=_SECONDS).header)
+    except NobodyListensError:
+        pass
     except ChannelError as error:
         problem = str(error)
     return {
@@ -59,7 +61,8 @@ def _about_device(facts: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         rows += [("device", f"{joined['name']} ({joined['device']})"), ("server", joined["url"])]
     if agent is None:
-        return [*rows, ("agent", f"not running{', paused' if facts['paused'] else ''}")]
+        state = facts["problem"] or "not running"
+        return [*rows, ("agent", f"{state}{', paused' if facts['paused'] else ''}")]
     connection = agent.get("connection", {})
     return [
         *rows,
@@ -89,7 +92,7 @@ def _about_images(facts: dict[str, Any]) -> list[tuple[str, str]]:
                 f" {images['set_aside']:,} set aside",
             )
         )
-        rows += [("", f"{path}: {reason}") for path, reason in images["reasons"].items()]
+        rows += [("", f"{_printable(path)}: {reason}") for path, reason in images["reasons"].items()]
     if memory is not None:
         rows.append(("memory", f"{memory['images']:,} images, {memory['bytes'] / 1e6:,.1f} MB"))
     return rows
@@ -116,6 +119,11 @@ def _about_rounds(rounds: dict[str, Any], now: datetime) -> list[tuple[str, str]
     if (error := rounds.get("error")) is not None:
         rows.append(("last error", f"round {error['round']}, {_ago(error['at'], now)}: {error['reason']}"))
     return rows
+
+
+def _printable(path: str) -> str:
+    """A path whose name may be no text at all, as terminals take it."""
+    return path.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _ago(when: str, now: datetime) -> str:

@@ -37,11 +37,15 @@ class Bits:
         return number // 8 < len(self._bits) and bool(self._bits[number // 8] >> number % 8 & 1)
 
 
-def walk(root: Path) -> Iterator[File]:
+def walk(root: Path, unreadable: list[str]) -> Iterator[File]:
     """The image files below `root`, folder by folder, each folder's in the order of names.
 
     Linked folders are followed, each real folder once. A folder that vanishes or may not be read is passed over: one
     of them must not keep all others from being scanned.
+
+    Args:
+        root: the folder.
+        unreadable: gets the folders that are there and could not be looked into, as their files' paths begin.
     """
     waiting = [""]
     entered: set[tuple[int, int]] = set()
@@ -50,7 +54,10 @@ def walk(root: Path) -> Iterator[File]:
         try:
             status = os.stat(root / prefix)
             names = sorted(os.listdir(root / prefix))
+        except FileNotFoundError:
+            continue
         except OSError:
+            unreadable.append(prefix)
             continue
         if (status.st_dev, status.st_ino) in entered:
             continue

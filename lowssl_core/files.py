@@ -1,10 +1,24 @@
 """Writing files so that a reader, or a machine that lost power, sees the old content or the new, never a part."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")  # as mkstemp names what is being written
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `write_atomically` could not remove in a folder, as it was killed; nobody may be writing there now.
+
+    Each may be as large as the file that it would have been, and nothing else ever removes it.
+    """
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if _UNFINISHED.fullmatch(path.name) and path.is_file():
+                path.unlink()
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -25,6 +25,13 @@ class BadImage(Exception):  # noqa: N818 - a fact about the data, to be set asid
         self.reason = reason
 
 
+class NotEnoughMemory(BadImage):
+    """An image that there was no memory to decode: another time it may be a good one."""
+
+    def __init__(self) -> None:
+        super().__init__("not enough memory to decode it")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageLimits:
     """The sizes that are accepted, in pixels; they are read from the header, so refusing an image is free."""
@@ -76,7 +83,7 @@ def read_size(data: bytes, limits: ImageLimits = _DEFAULT_LIMITS) -> tuple[int, 
             limits.check(height, width)
             try:
                 orientation = image.getexif().get(0x0112, 1)  # Pillow decodes a PNG for this
-            except (OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError) as error:
+            except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
                 raise BadImage("truncated" if "truncated" in str(error) else f"unreadable: {error}") from error
             if orientation >= 5:  # orientations 5 to 8 lie on their side
                 width, height = height, width
@@ -120,7 +127,9 @@ def _decode_jpeg(data: bytes, reduce: int) -> Pixels:
     flags = cv2.IMREAD_COLOR_RGB | (0 if reduce == 1 else 8 * reduce)
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:
+    except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise NotEnoughMemory from None
         pixels = None
     if pixels is None:
         raise BadImage("unreadable: damaged JPEG data")
@@ -161,6 +170,8 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> Iterator[Image
         raise BadImage("huge") from error
     except BadImage:
         raise
+    except MemoryError:
+        raise NotEnoughMemory from None
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
         cut = isinstance(error, EOFError) or "truncated" in str(error)
         raise BadImage("truncated" if cut else f"unreadable: {error or type(error).__name__}") from error

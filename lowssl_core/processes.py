@@ -20,7 +20,7 @@ from lowssl_core.errors import UserError
 _PAUSES = (1.0, 2.0, 4.0, 8.0, *(15.0,) * 8, 120.0)  # seconds before it is started again, the last one for ever
 _STEADY = 60.0  # seconds of running after which an end is no sign of trouble
 _POLL = 0.1
-_MAX_LOG = 10_000_000
+_MAX_LOG, _TAIL = 10_000_000, 2**18
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -30,7 +30,7 @@ class KeptProcess:
     Between the two stands a small warden, this module run as a program. When the program ends, when it is to be
     stopped, and when this process dies, however that happens, the warden ends everything that the program has
     started: asked first, killed after a while. Orphans would go on under the identity that their successors use.
-    Output is appended to a log, which becomes `NAME.old` when it has passed 10 MB. For Linux.
+    Output is appended to a log, which becomes `NAME.old` at a start at which it has passed 10 MB. For Linux.
 
     Args:
         command: program and arguments.
@@ -93,11 +93,14 @@ class KeptProcess:
             self._thread.join()
 
     def tail(self, lines: int = 20) -> str:
-        """The last lines of its log."""
+        """The last lines of its log, of 256 kB at most."""
         try:
-            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+            with self.log.open("rb") as file:
+                file.seek(max(0, self.log.stat().st_size - _TAIL))
+                text = file.read().decode(errors="replace")
         except FileNotFoundError:
             return ""
+        return "\n".join(text.splitlines()[-lines:])
 
     def _keep(self) -> None:
         quick_ends = 0

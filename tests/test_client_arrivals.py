@@ -1,5 +1,6 @@
 """The watched folder: what is new is told by content, what is broken has a reason, and a kill forgets nothing."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -11,9 +12,12 @@ import tracemalloc
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 
+import client.arrivals
 from client.arrivals import Arrivals, ArrivalsConfig
+from client.folder import ImagesAwayError
 from lowssl_core.errors import UserError
 from lowssl_core.images import BadImage, ImageLimits
 from lowssl_core.photos import open_photos
@@ -196,6 +200,101 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path, pictures):
         os.makedirs(tmp_path / f"images/{index % 100}", exist_ok=True)
         os.link(tmp_path / "images/0/0.png", tmp_path / f"images/{index % 100}/{index}-{'x' * 200}.png")
     assert peak_of_scan(arrivals) < few + 60_000  # their names alone are 200,000 bytes
+
+
+CRAMPED = """
+import resource, sys
+from pathlib import Path
+from client.arrivals import Arrivals, ArrivalsConfig
+from lowssl_core.images import BadImage, decode
+folder = Path(sys.argv[1])
+with Arrivals(folder / "images", folder / "state", ArrivalsConfig(settle_seconds=0)) as arrivals:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    taken = 1024 * int(status["VmData"].split()[0])
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + 20_000_000, taken + 20_000_000))
+    arrivals.rescan()
+    try:
+        decode((folder / "images/b.jpg").read_bytes())
+    except BadImage as error:
+        print(type(error).__name__)
+"""
+
+
+def test_an_image_that_there_is_no_memory_for_is_looked_at_again(tmp_path):
+    """Where memory is capped, Pillow cannot decode a good PNG, nor OpenCV a good JPEG at its full size."""
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
+    large = cv2.resize(noise, (6000, 4000), interpolation=cv2.INTER_NEAREST)
+    for name in ("a.png", "b.jpg"):
+        write(tmp_path / "images" / name, cv2.imencode(name[1:], large)[1].tobytes())
+    said = subprocess.run([sys.executable, "-c", CRAMPED, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert said.stdout == "NotEnoughMemory\n"
+    with opened(tmp_path) as arrivals:
+        assert arrivals.set_aside() == {"a.png": "cannot be read: not enough memory to decode it"}
+        assert arrivals.rescan().new == 1
+        assert arrivals.set_aside() == {}
+
+
+def test_files_that_cannot_be_read_do_not_keep_others_from_their_turn(tmp_path, pictures, monkeypatch):
+    for index in range(6):
+        write(tmp_path / f"images/a{index}.png", pictures[index])
+    write(tmp_path / "images/b.png", pictures[6])
+    refuse(monkeypatch, "hash_file", lambda path: path.name.startswith("a"))  # root may read everything
+    with opened(tmp_path) as arrivals:
+        assert [arrivals.rescan(examine=3).new for _ in range(3)] == [0, 0, 1]
+        assert arrivals.new(9) == [key_of(pictures[6])]
+
+
+def test_an_image_that_cannot_be_read_any_more_is_not_new_for_ever(tmp_path, pictures, monkeypatch):
+    write(tmp_path / "images/a.png", pictures[0])
+    path = write(tmp_path / "images/b.png", pictures[1])
+    with opened(tmp_path) as arrivals:
+        arrivals.rescan()
+        # Broken in place: neither its size nor its time tells.
+        before = path.stat()
+        path.write_bytes(bytes(before.st_size))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert arrivals.rescan().set_aside == 0
+        with pytest.raises(BadImage, match="changed"):
+            arrivals.read(key_of(pictures[1]))
+        assert arrivals.rescan().set_aside == 1
+        assert arrivals.new(9) == [key_of(pictures[0])]
+        assert list(arrivals.set_aside()) == ["b.png"]
+
+
+def test_a_folder_that_may_not_be_looked_into_keeps_its_index(tmp_path, pictures, monkeypatch):
+    write(tmp_path / "images/a/1.png", pictures[0])
+    write(tmp_path / "images/b/2.png", pictures[1])
+    with opened(tmp_path) as arrivals:
+        arrivals.rescan()
+        shutil.rmtree(tmp_path / "images/b")
+        listdir = os.listdir
+
+        def refused(path):
+            if Path(path).name == "a":
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return listdir(path)
+
+        monkeypatch.setattr(os, "listdir", refused)
+        assert arrivals.rescan().vanished == 1
+        assert arrivals.counts().files == 1
+        monkeypatch.undo()
+        report = arrivals.rescan()
+        assert (report.files, report.duplicates, report.vanished) == (1, 0, 0)
+        monkeypatch.setattr(os, "scandir", lambda path: refused(Path("a")))
+        with pytest.raises(ImagesAwayError, match="Permission denied"):
+            arrivals.rescan()
+
+
+def refuse(monkeypatch, name, condition):
+    """Let a function of client.arrivals that opens a file fail for some, as it does for who has no right to them."""
+    function = getattr(client.arrivals, name)
+
+    def refusing(path):
+        if condition(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return function(path)
+
+    monkeypatch.setattr(client.arrivals, name, refusing)
 
 
 def test_a_missing_folder_and_a_damaged_index_are_named(tmp_path):

@@ -24,11 +24,13 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from client.arrivals import Arrivals, ArrivalsConfig
-from client.config import load_config
+from client.config import CapsConfig, load_config
 from client.folder import locked
 from client.main import main
+from client.running import _keep_to
 from client.showing import describe, look
 from lowssl_core.errors import UserError
+from lowssl_core.files import remove_unfinished
 from server.federation.certificates import Certificate, open_certificate
 
 TOKEN = "lowssl-join-secret"
@@ -290,7 +292,8 @@ def test_running_needs_a_server_and_images(tmp_path, site, capsys):
     assert main(["run", "--images", str(tmp_path), "--folder", str(folder)]) == 2
     assert "no server joined yet" in capsys.readouterr().err
     assert join(folder, site) == 0
-    assert main(["run", "--images", str(tmp_path / "none"), "--folder", str(folder)]) == 2
+    # A disk that is not mounted yet: systemd tries again, as it does not after 2.
+    assert main(["run", "--images", str(tmp_path / "none"), "--folder", str(folder)]) == 1
     assert "there is no such folder" in capsys.readouterr().err
 
 
@@ -315,6 +318,9 @@ def test_a_second_agent_is_refused_with_the_first_ones_process(tmp_path, site, c
         ("[caps]\nthreads = 'all'", "caps.threads is 'all'; it is a whole number"),
         ("[conditions.quiet_hours]\nstart = 'late'", "conditions.quiet_hours.start is 'late'"),
         ("rescan_seconds = 0", "rescan_seconds is 0"),
+        ("rescan_seconds = 1e300", "up to 86,400"),
+        ('[conditions.quiet_hours]\nstart = "22:00+02:00"', "it is a local time of day"),
+        ('[conditions.metered]\nfile = "metered"', "it is an absolute path, or empty"),
         ("= 1", "not TOML"),
     ],
 )
@@ -393,6 +399,65 @@ def test_commands_without_a_device_say_so(tmp_path, capsys):
     for command in ("status", "pause", "resume"):
         assert main([command, "--folder", str(tmp_path / "none")]) == 2
         assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_pausing_takes_a_device(tmp_path, capsys):
+    for command in ("pause", "resume"):
+        assert main([command, "--folder", str(tmp_path)]) == 2
+        assert "no server joined yet" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["https://a..b:1", f"https://{'a' * 70}.example:1", "https://a:0"])
+def test_hosts_and_ports_that_cannot_be_are_one_line(tmp_path, capsys, url):
+    assert main(["join", url, "--token", "x", "--folder", str(tmp_path / "device")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_user_without_a_home_gives_a_folder(tmp_path, capsys, monkeypatch):
+    for name in ("HOME", "XDG_STATE_HOME", "LOWSSL_CLIENT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.expanduser", nobody)
+    assert main(["status"]) == 2
+    assert "this user has no home: give --folder, or $LOWSSL_CLIENT_DIR" in capsys.readouterr().err
+    assert main(["status", "--folder", str(tmp_path)]) == 0
+
+
+def nobody(path):
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_name_that_is_no_text_and_an_agent_that_does_not_answer_are_shown(tmp_path):
+    facts = look(tmp_path) | {"problem": "the agent at x did not answer in 10 s"}
+    facts["images"] = {
+        "files": 1,
+        "new": 0,
+        "learned": 0,
+        "set_aside": 1,
+        "reasons": {os.fsdecode(b"caf\xe9.jpg"): "cut"},
+    }
+    text = describe(facts)
+    text.encode("utf-8")
+    assert "caf\N{REPLACEMENT CHARACTER}.jpg: cut" in text
+    assert "agent       the agent at x did not answer in 10 s" in text
+
+
+def test_memory_caps_that_cannot_be_are_one_line():
+    for limit in (2_000_000, 2**63):
+        with pytest.raises(UserError, match=rf"caps\.memory_bytes is {limit:,}; "):
+            _keep_to(CapsConfig(memory_bytes=limit, niceness=0))
+
+
+def test_what_a_kill_left_half_written_goes_away(tmp_path):
+    for name in (".learner.safetensors.a1b2c3_9", ".rounds.json.abcdefgh"):
+        (tmp_path / name).write_bytes(b"half")
+    kept = ["learner.safetensors", ".hidden", "replies"]
+    (tmp_path / kept[0]).write_bytes(b"whole")
+    (tmp_path / kept[1]).write_bytes(b"a person's")
+    (tmp_path / kept[2]).mkdir()
+    remove_unfinished(tmp_path)
+    remove_unfinished(tmp_path / "not there")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_looking_and_pausing_load_nothing_heavy(tmp_path):

@@ -275,7 +275,7 @@ def test_a_version_without_weights_is_nothing_to_begin_with(
         ("[aggregator]\nmomentum = 3.0", "aggregator.momentum is 3.0; it is from 0 to below 1"),
         ("[aggregator]\nmomentum = 'a'", "aggregator.momentum is 'a'; it is a number"),
         ("[schedule]\nevery_hours = 0", "schedule.every_hours is 0.0; it is a number above 0"),
-        ("[schedule]\nevery_hours = 1e13", "schedule.every_hours is 10000000000000.0; it is a number above 0, up to 8784"),
+        ("[schedule]\nevery_hours = 1e13", "every_hours is 10000000000000.0; it is a number above 0, up to 8784"),
         ("[schedule]\ndevices = 0", "schedule.devices is 0; it is a whole number from 1"),
         ("[screening.comparison]\nreplise = 3", "unknown key screening.comparison.replise; screening.comparison has"),
         ("privacy = 1", "privacy is 1; it is a table"),
