@@ -26,11 +26,14 @@ from cryptography.hazmat.primitives import serialization
 from client.arrivals import Arrivals, ArrivalsConfig
 from client.config import CapsConfig, load_config
 from client.folder import locked
+from client.identity import open_identity
 from client.main import main
+from client.node import Node
 from client.running import _keep_to
 from client.showing import describe, look
 from lowssl_core.errors import UserError
 from lowssl_core.files import remove_unfinished
+from lowssl_core.processes import KeptProcess
 from server.federation.certificates import Certificate, open_certificate
 
 TOKEN = "lowssl-join-secret"
@@ -440,6 +443,31 @@ def test_a_name_that_is_no_text_and_an_agent_that_does_not_answer_are_shown(tmp_
     text.encode("utf-8")
     assert "caf\N{REPLACEMENT CHARACTER}.jpg: cut" in text
     assert "agent       the agent at x did not answer in 10 s" in text
+
+
+CONNECTED = ["INFO : Starting Flower SuperNode", "INFO : SuperNode ID: 7"]
+AWAY = ["INFO : Connection attempt failed, retrying in 2.31 seconds"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "trouble"),
+    [
+        ([], "not connected yet"),
+        (CONNECTED, ""),
+        ([*CONNECTED, "WARNING : a message failed", "INFO : Received message"], ""),
+        ([*CONNECTED, *AWAY], "not connected: INFO : Connection attempt failed, retrying in 2.31 seconds"),
+        ([*CONNECTED, *50 * AWAY, "INFO : Connection successful after 99.10 seconds and 51 tries."], ""),
+        ([*CONNECTED, *AWAY, *CONNECTED], ""),
+        ([CONNECTED[0], *AWAY], "not connected: INFO : Connection attempt failed, retrying in 2.31 seconds"),
+        (600 * ["INFO : Received message"], ""),  # its beginning is longer ago than anybody looks
+    ],
+)
+def test_a_connection_is_open_until_flower_says_that_it_tries_again(tmp_path, monkeypatch, lines, trouble):
+    monkeypatch.setattr(KeptProcess, "pid", 1)
+    node = Node("127.0.0.1:1", open_identity(tmp_path), tmp_path)
+    node.process.log.parent.mkdir(exist_ok=True)
+    node.process.log.write_text("\n".join(lines))
+    assert node.trouble() == trouble
 
 
 def test_memory_caps_that_cannot_be_are_one_line():
