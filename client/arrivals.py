@@ -293,7 +293,11 @@ class Arrivals:
         known = self._database.execute("SELECT id, state FROM contents WHERE key = ?", (key,)).fetchone()
         if known is not None:
             return known[0], "set_aside" if known[1] == BAD else "duplicates"
-        reason = self._defect((self.folder / file.path).read_bytes())
+        try:
+            data = (self.folder / file.path).read_bytes()
+        except MemoryError:
+            raise NotEnoughMemory from None
+        reason = self._defect(data)
         state = BAD if reason else NEW
         ((row,),) = self._database.execute(
             "INSERT INTO contents (key, state, reason) VALUES (?, ?, ?) RETURNING id", (key, state, reason)

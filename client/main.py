@@ -17,7 +17,10 @@ _NOT_JOINED = "no server joined yet: lowssl-client join URL --token T"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns its exit status: 0, also where SIGTERM ended it, and 2 for what the user can mend."""
+    """Run a subcommand; returns its exit status: 0, also where SIGTERM ended it, and 2 for what the user can mend.
+
+    1 is for what may pass by itself: the folder of images is away, or the disk is full.
+    """
     arguments = _parser().parse_args(argv)
     return run_for_user(f"lowssl-client {arguments.command}", lambda: _run_command(arguments))
 

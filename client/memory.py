@@ -214,12 +214,16 @@ class ReplayMemory:
             embed: the encoder as it is now.
             now: its step, by which waiting is counted; features of this step are not taken again.
             limit: how many for this step, calls before included; features of another width than `width` (of another
-                backbone) are all taken anew.
+                backbone) are all taken anew. Where they are wider and there is no room for that, images leave first.
             width: of the features.
 
         Raises:
             OSError: the disk is full.
         """
+        ((growing,),) = self._database.execute("SELECT count(*) FROM features WHERE length(vector) < ?", (2 * width,))
+        row = 2 * width + 2 * _PAGE  # what is left of the pages that it begins and ends in is taken too
+        if growing:
+            self._drop(self._usable - growing * row, spared=row)
         foreign, waiting = "length(vector) != ?", "refreshed < ?"
         ((strangers,),) = self._database.execute(f"SELECT count(*) FROM features WHERE {foreign}", (2 * width,))
         # Begun again after a kill, it goes on: with new limits, other features than without the kill would be anew.
@@ -263,18 +267,21 @@ class ReplayMemory:
         self._database.execute("DELETE FROM images WHERE id = ?", (row,))
         self._database.execute("DELETE FROM features WHERE id = ?", (row,))
 
-    def _drop(self, capacity: int) -> int:
-        """Let images leave until at most `capacity` bytes are in use; returns how many left."""
+    def _drop(self, capacity: int, *, spared: int = 0) -> int:
+        """Let images leave until at most `capacity` bytes are in use, `spared` more for each; returns how many left."""
         left = 0
         if self._used() <= capacity:
             return left
-        order = self._by_redundancy() if self.config.policy == "minred" else self._by_age()
+        # Killed between two backbones, it has features that cannot be compared.
+        ((widths,),) = self._database.execute("SELECT count(DISTINCT length(vector)) FROM features")
+        order = self._by_redundancy() if self.config.policy == "minred" and widths == 1 else self._by_age()
         while self._used() > capacity:
             with Transaction(self._database):
                 started = self._used()
                 for row in islice(order, _ROWS_AT_ONCE):
                     self._delete(row)
                     left += 1
+                    capacity += spared
                     if self._used() <= max(capacity, started - self.largest_image // 2):
                         break
         return left

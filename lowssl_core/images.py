@@ -118,11 +118,11 @@ def decode(
         and data.rfind(_END_OF_IMAGE, header.scan_start) >= 0
     ):
         limits.check(header.height, header.width)
-        return _decode_jpeg(data, reduce)
+        return _decode_jpeg(data, reduce, header)
     return _decode_with_pillow(data, reduce, limits, formats)
 
 
-def _decode_jpeg(data: bytes, reduce: int) -> Pixels:
+def _decode_jpeg(data: bytes, reduce: int, header: _JpegHeader) -> Pixels:
     # OpenCV names the reductions 16, 32, 64 (gray) and adds 1 for BGR; 256 asks for RGB instead of that 1.
     flags = cv2.IMREAD_COLOR_RGB | (0 if reduce == 1 else 8 * reduce)
     try:
@@ -132,6 +132,11 @@ def _decode_jpeg(data: bytes, reduce: int) -> Pixels:
             raise NotEnoughMemory from None
         pixels = None
     if pixels is None:
+        # libjpeg does not say so when it has no memory, of which a progressive image takes two bytes a coefficient.
+        try:
+            np.empty((2 * header.components + 3) * header.height * header.width, np.uint8)
+        except MemoryError:
+            raise NotEnoughMemory from None
         raise BadImage("unreadable: damaged JPEG data")
     return pixels.astype(np.uint8, copy=False)
 

@@ -162,6 +162,18 @@ def test_a_learner_that_fails_costs_the_round_and_not_the_agent(tmp_path: Path) 
     assert second.header["ok"]
 
 
+def test_small_work_that_runs_out_of_memory_is_tried_again(tmp_path: Path) -> None:
+    tries = []
+
+    def look() -> None:
+        tries.append(1)
+        raise MemoryError
+
+    with agent_of(AddingLearner(tmp_path, "a", 1), tmp_path, at_leisure=look, leisure_seconds=0.01) as path:
+        wait_for(lambda: len(tries) >= 2)
+        assert ask(path, Frame({"ask": "task"}, task()), seconds=PATIENCE).header["ok"]
+
+
 def test_a_full_disk_costs_the_round_and_the_learner_is_opened_anew(tmp_path: Path) -> None:
     opened = []
 

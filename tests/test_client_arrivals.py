@@ -221,16 +221,23 @@ with Arrivals(folder / "images", folder / "state", ArrivalsConfig(settle_seconds
 
 
 def test_an_image_that_there_is_no_memory_for_is_looked_at_again(tmp_path):
-    """Where memory is capped, Pillow cannot decode a good PNG, nor OpenCV a good JPEG at its full size."""
+    """Where memory is capped, Pillow cannot decode a good PNG, nor OpenCV a good JPEG at its full size.
+
+    Of a progressive JPEG OpenCV says the same as of a damaged one; of a large file there is no room for the bytes.
+    """
     noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
     large = cv2.resize(noise, (6000, 4000), interpolation=cv2.INTER_NEAREST)
     for name in ("a.png", "b.jpg"):
         write(tmp_path / "images" / name, cv2.imencode(name[1:], large)[1].tobytes())
+    progressive = cv2.imencode(".jpg", large, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    write(tmp_path / "images/c.jpg", progressive)
+    write(tmp_path / "images/d.png", cv2.imencode(".png", noise)[1].tobytes() + bytes(30_000_000))
     said = subprocess.run([sys.executable, "-c", CRAMPED, str(tmp_path)], check=True, capture_output=True, text=True)
     assert said.stdout == "NotEnoughMemory\n"
     with opened(tmp_path) as arrivals:
-        assert arrivals.set_aside() == {"a.png": "cannot be read: not enough memory to decode it"}
-        assert arrivals.rescan().new == 1
+        reason = "cannot be read: not enough memory to decode it"
+        assert arrivals.set_aside() == dict.fromkeys(("a.png", "c.jpg", "d.png"), reason)
+        assert arrivals.rescan().new == 3
         assert arrivals.set_aside() == {}
 
 

@@ -1,5 +1,6 @@
 """The learner: rounds that go on to the bit after any kill, on images that it takes in once and remembers."""
 
+import hashlib
 import resource
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from test_train import SMALL
 from client.arrivals import Arrivals, ArrivalsConfig
 from client.learner import Learner, TrainingDivergedError
 from client.learner_config import LearnerConfig
-from client.memory import MemoryConfig
+from client.memory import MemoryConfig, compact
 from client.rounds import Budget, Outcome, RoundTask
 from lowssl_core.backbones import BackboneConfig
 from lowssl_core.encoder import load_encoder
 from lowssl_core.errors import UserError
+from lowssl_core.images import NotEnoughMemory
 from lowssl_core.loader import DataConfig
 from lowssl_core.methods import METHODS
 from lowssl_core.optim import OptimConfig
@@ -336,6 +338,24 @@ def test_an_image_too_large_for_the_memory_is_set_aside_and_holds_nobody_up(devi
     ((name, reason),) = device.arrivals.set_aside().items()
     assert name == "strip.png"
     assert reason.startswith("huge: ")
+
+
+def test_an_image_that_there_is_no_memory_for_stays_new_and_holds_nobody_up(device, monkeypatch):
+    device.receive(0, 10)
+    first = hashlib.sha256((device.root / "images/000.png").read_bytes()).hexdigest()
+
+    def cramped(data: bytes, side: int) -> bytes:
+        if hashlib.sha256(data).hexdigest() == first:
+            raise NotEnoughMemory
+        return compact(data, side)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("client.intake.compact", cramped)
+        device.run(1)
+    assert device.arrivals.new(99) == [first]
+    assert device.arrivals.set_aside() == {}
+    device.run(2)
+    assert (device.arrivals.counts().new, device.arrivals.counts().learned) == (0, 10)
 
 
 def test_a_memory_that_was_lost_ends_the_round_and_not_the_learner(device):

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives import serialization
 
 from client.arrivals import Arrivals, ArrivalsConfig
 from client.config import CapsConfig, load_config
-from client.folder import locked
+from client.folder import Joined, locked, write_joined
 from client.identity import open_identity
 from client.main import main
 from client.node import Node
@@ -488,10 +488,29 @@ def test_what_a_kill_left_half_written_goes_away(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
+def test_running_removes_what_a_kill_left_of_the_state_and_of_replies(tmp_path, site):
+    folder = tmp_path / "device"
+    assert join(folder, site) == 0
+    left = [folder / ".learner.safetensors.a1b2c3_9", folder / "replies" / f".{64 * 'a'}.abcdefgh"]
+    reply = folder / "replies" / (64 * "a")
+    reply.parent.mkdir()
+    for path in (*left, reply):
+        path.write_bytes(b"half")
+    run = ["run", "--images", str(tmp_path), "--folder", str(folder), "--config", str(tmp_path / "missing.toml")]
+    with locked(folder):  # another agent may be in the middle of a write
+        assert main(run) == 2
+        assert all(path.exists() for path in left)
+    assert main(run) == 2
+    assert not any(path.exists() for path in left)
+    assert reply.exists()
+
+
 def test_looking_and_pausing_load_nothing_heavy(tmp_path):
+    write_joined(tmp_path, Joined(url="https://a:1", address="a:1", certificate="server.pem", device="d", name="n"))
     program = (
         "import sys; from client.main import main; "
         f"main(['pause', '--folder', {str(tmp_path)!r}]); main(['status', '--folder', {str(tmp_path)!r}]); "
         "sys.exit(bool({'torch', 'numpy', 'cv2', 'flwr', 'cryptography'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    assert (tmp_path / "paused").exists()

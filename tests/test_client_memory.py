@@ -255,6 +255,44 @@ def test_refreshing_takes_the_longest_waiting_first_and_every_foreign_width(tmp_
         assert memory.features(staged=True).shape == (30, 20)
 
 
+@pytest.mark.parametrize("policy", ["fifo", "minred"])
+def test_a_full_memory_makes_room_for_wider_features(tmp_path, pictures, policy):
+    """Another backbone's: 1,280 numbers a feature in place of 48 are more than the images take."""
+    with ReplayMemory(tmp_path / "memory.sqlite3", MemoryConfig(max_bytes=CAP, policy=policy)) as memory:
+        fill(memory, pictures)
+        memory.admit()
+        fill(memory, pictures[::-1])
+        before = memory.keys(staged=False) + memory.keys(staged=True)
+        rng = np.random.default_rng(0)
+
+        def embed(data):
+            assert size_of(tmp_path) <= CAP
+            return rng.normal(size=(len(data), 1280)).astype(np.float32)
+
+        done = memory.refresh(embed, now=1, limit=1, width=1280)
+        after = memory.keys(staged=False) + memory.keys(staged=True)
+        assert memory.features(staged=False).shape[1] == 1280
+        assert len(after) == done < len(before)
+        assert size_of(tmp_path) <= CAP
+        assert memory._used() > 0.6 * CAP  # no more left than had to
+        if policy == "fifo":
+            assert after == before[-done:]
+        assert memory.refresh(embed, now=1, limit=1, width=1280) == 0
+
+
+def test_killed_between_two_backbones_a_full_memory_drops_the_oldest(tmp_path, pictures):
+    path = tmp_path / "memory.sqlite3"
+    with ReplayMemory(path, MemoryConfig(max_bytes=3 * CAP)) as memory:
+        fill(memory, pictures)
+        memory.admit()
+        keys = memory.keys(staged=False)
+        memory._database.execute("UPDATE features SET vector = zeroblob(40) WHERE id = (SELECT max(id) FROM features)")
+    with ReplayMemory(path, MemoryConfig(max_bytes=CAP)) as memory:
+        left = memory.keys(staged=False)
+        assert 50 < len(left) < len(keys)
+        assert left == keys[-len(left) :]
+
+
 def test_a_lowered_cap_is_kept_too(tmp_path, pictures):
     path = tmp_path / "memory.sqlite3"
     with ReplayMemory(path, MemoryConfig(max_bytes=3 * CAP)) as memory:

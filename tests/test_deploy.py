@@ -24,7 +24,7 @@ import yaml
 from federation_device import AddingLearner
 
 from client.agent import Agent
-from client.folder import VARIABLE
+from client.folder import VARIABLE, ImagesAwayError
 from server.settings import PREFIX, Settings, load_settings
 
 ROOT = Path(__file__).parents[1]
@@ -439,6 +439,15 @@ def test_clients_unit_ends_all_its_processes_and_leaves_room_for_others() -> Non
     assert f"{VARIABLE}=/var/lib/lowssl" in whole_chain("client").last("ENV").split()
     # What the conditions read must stay to be seen.
     assert "ProcSubset" not in settings
+
+
+def test_clients_unit_waits_for_a_disk_with_images_however_long() -> None:
+    """Starts 10 seconds apart would soon be too many in an interval, and systemd would give up."""
+    settings = unit("lowssl-client")
+    assert settings["Restart"] == ["always"]
+    assert settings["StartLimitIntervalSec"] == ["0"]
+    assert settings["RestartPreventExitStatus"] == ["2"]
+    assert ImagesAwayError.status != 2
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd on this machine (Debian: systemd)")
