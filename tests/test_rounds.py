@@ -441,6 +441,53 @@ def test_replies_that_a_failing_superlink_has_handed_out_already_are_asked_for_a
     assert not record.failed
 
 
+def test_answers_to_a_void_round_count_in_its_next_try_and_nobody_is_asked_twice(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.3)]
+    with rounds_of(folder, devices, with_rounds(seconds=1.0)) as rounds:
+        for device in devices:
+            device.is_held = True
+        assert rounds.run_round() is None
+        for device in devices:
+            device.is_held = False
+        records = [rounds.run_round() for _ in range(3)]
+    assert [record and (len(record.accepted), record.rejected) for record in records] == [(2, ())] * 3
+    assert [[task.round for task in device.tasks] for device in devices] == [[1, 2, 3]] * 2
+    assert records[0] is not None
+    assert set(records[0].asked) == {device.id for device in devices}
+
+
+def test_a_refusal_in_a_void_round_is_none_in_the_next_try(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.3)]
+
+    def wait(task: Task) -> bytes:
+        devices[1].behave = devices[1].add
+        raise RuntimeError("waiting: paused")
+
+    with rounds_of(folder, devices, with_rounds(seconds=1.0)) as rounds:
+        devices[1].behave, devices[1].is_held = wait, True
+        assert rounds.run_round() is None  # one answer is too few
+        devices[1].is_held = False
+        time.sleep(0.6)
+        record = rounds.run_round()
+    assert record is not None
+    assert (len(record.accepted), record.rejected, record.failed) == (2, (), {})
+
+
+def test_a_straggler_whose_late_answer_counts_is_waited_for_in_the_round_that_it_is_asked_in(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.1), Device(3, 0.2)]
+    devices[2].is_held = True
+    with rounds_of(folder, devices, with_rounds(quorum=0.6)) as rounds:
+        assert rounds.run_round() is not None
+        devices[2].is_held = False
+        time.sleep(0.6)
+        rounds._early += rounds._receive(5)  # as while devices are waited for
+        second = rounds.run_round()
+    assert second is not None
+    assert len(second.asked) == 3
+    assert sorted(row["staleness"] for row in second.accepted if row["device"] == devices[2].id)[-1] == 1
+    assert len(second.accepted) >= 3
+
+
 def test_an_update_that_arrives_twice_counts_once(folder: Path) -> None:
     devices = [Device(1, 0.1), Device(2, 0.3)]
     devices[1].behave = lambda task: devices[1].add(replace(task, version=0))

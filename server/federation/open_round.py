@@ -17,8 +17,9 @@ class OpenRound:
 
     Attributes:
         task: what devices are sent.
-        tries: how often each device was sent it.
-        answered: devices that sent something that may count.
+        tries: how often each device was sent it; 0: in an earlier try of this round.
+        answered: devices that sent something in answer to it that may count.
+        late: how many answers to earlier rounds' tasks came.
         lost: devices that lost the task, and since when; they may be sent it again.
         failed: devices that send nothing, and why.
         accepted: replies that count, as they are recorded.
@@ -30,6 +31,7 @@ class OpenRound:
         self.task = b""
         self.tries: dict[str, int] = {}
         self.answered: set[str] = set()
+        self.late = 0
         self.lost: dict[str, float] = {}
         self.failed: dict[str, str] = {}
         self.accepted: list[dict[str, Any]] = []
@@ -43,6 +45,10 @@ class OpenRound:
         hopeless = {device for device in self.failed if self.lost.get(device, recently) <= recently}
         return self.tries.keys() - self.answered - hopeless - {row["device"] for row in self.rejected}
 
+    def expect(self, device: str) -> None:
+        """Note that a device was sent the task in an earlier try of this round, which it answers in this one."""
+        self.tries.setdefault(device, 0)
+
     def sent(self, device: str) -> None:
         """Note that a device was sent the task."""
         self.tries[device] = self.tries.get(device, 0) + 1
@@ -50,12 +56,15 @@ class OpenRound:
         self.failed.pop(device, None)
         self._bytes_down += len(self.task)
 
-    def arrived(self, device: str, length: int) -> None:
-        """Note that a device sent so many bytes."""
+    def arrived(self, device: str, length: int, *, is_late: bool) -> None:
+        """Note that a device sent so many bytes, in answer to this round's task or an earlier one's."""
+        self._bytes_up += length
+        if is_late:
+            self.late += 1
+            return
         self.answered.add(device)
         self.lost.pop(device, None)
         self.failed.pop(device, None)
-        self._bytes_up += length
 
     def fail(self, device: str, why: str, *, is_lost: bool) -> None:
         """Note that a device sends nothing, and whether only because it lost the task."""

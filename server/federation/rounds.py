@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,6 +120,7 @@ class Rounds:
         self._screening.begin(self._last.flat, self.history.manifest, self.version)
         self._aggregator.begin(self._last.flat, self.history.manifest)
         current = OpenRound(self.version)
+        self._take_early(current)
         self._ask(current)
         self._collect(current)
         self._judge(current, self._screening.close())
@@ -179,18 +180,32 @@ class Rounds:
         text = self._accountant.to_json()
         write_atomically(self._folder / "privacy.json", lambda file: file.write(text.encode()))
 
+    def _take_early(self, current: OpenRound) -> None:
+        """Take what came between two rounds, before anybody is asked again for what is there already.
+
+        A refusal, or a task that was lost, was of a try that is over.
+        """
+        early, self._early = self._early, []
+        for reply, version in early:
+            if reply.data is not None:
+                if version == current.version:
+                    current.expect(reply.device)
+                self._take(current, reply, version)
+
     def _ask(self, current: OpenRound) -> None:
         current.task = self._task()
-        for device in self._choose():
+        for device in self._choose(current.tries.keys()):
             self._send(current, device)
 
-    def _choose(self) -> list[str]:
-        devices, config = self._free_devices(), self._plan.rounds
+    def _choose(self, asked: Collection[str]) -> list[str]:
+        """The devices that are to be asked beside those that have been, in a try of this round before."""
+        devices, config = [device for device in self._free_devices() if device not in asked], self._plan.rounds
         if self._plan.privacy is not None:
             return poisson_sample(devices, self._plan.privacy.sampling_rate)
-        if config.max_devices is None or len(devices) <= config.max_devices:
+        if config.max_devices is None or len(devices) + len(asked) <= config.max_devices:
             return devices
-        return sorted(np.random.default_rng().choice(devices, config.max_devices, replace=False).tolist())
+        count = max(0, config.max_devices - len(asked))
+        return sorted(np.random.default_rng().choice(devices, count, replace=False).tolist())
 
     def _send(self, current: OpenRound, device: str) -> None:
         seconds = self._plan.rounds.seconds * (1 + self._plan.screening.max_staleness)
@@ -219,7 +234,7 @@ class Rounds:
     def _collect(self, current: OpenRound) -> None:
         """Take replies until enough have come, none can come any more, or time is up."""
         deadline = time.monotonic() + self._plan.rounds.seconds
-        arrived, self._early = self._early, []
+        arrived: list[tuple[Reply, int]] = []
         while True:
             for reply, version in arrived:
                 self._take(current, reply, version)
@@ -234,13 +249,13 @@ class Rounds:
     def _is_open(self, current: OpenRound) -> bool:
         """Whether more replies are needed, and may still come."""
         if isinstance(self._plan.aggregator, FedBuffConfig):  # late replies fill the buffer as well as fresh ones
-            return len(current.answered) < self._plan.aggregator.buffer and bool(self._busy)
+            return len(current.answered) + current.late < self._plan.aggregator.buffer and bool(self._busy)
         needed = math.ceil(self._plan.rounds.quorum * len(current.tries))
         return len(current.answered & current.tries.keys()) < needed and bool(current.expected())
 
     def _take(self, current: OpenRound, reply: Reply, version: int) -> None:
         if reply.data is not None:
-            current.arrived(reply.device, len(reply.data))
+            current.arrived(reply.device, len(reply.data), is_late=version != current.version)
             self._judge(current, self._screening.receive(reply.device, reply.data))
         elif version == current.version:
             current.fail(reply.device, reply.failure, is_lost=reply.is_lost)
