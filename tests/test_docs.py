@@ -12,16 +12,20 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from client.config import load_config
+from client.config import CapsConfig, DeviceConfig, load_config
+from client.sensors import QuietHoursConfig
 from lowssl_core.photos import open_photos
 from lowssl_core.recipe import recipe_names
 from server.api.descriptions import routes_table
 from server.app import create_app
+from server.federation.operation import VersionsConfig
+from server.federation.plan import Plan
 from server.federation.plans import read_plan
 from server.settings import Settings, settings_table
 
@@ -160,15 +164,19 @@ def test_the_docs_have_every_setting_and_every_route() -> None:
     assert routes_table(create_app(Settings()).openapi()) in (ROOT / "docs" / "api.md").read_text()
 
 
-def test_the_plan_and_the_devices_settings_of_the_docs_are_read() -> None:
+def test_the_docs_tell_the_defaults_of_plans_and_devices() -> None:
     text = (ROOT / "docs" / "federation.md").read_text()
     plan, device = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file.toml"
         path.write_text(plan)
-        assert read_plan(path).plan.aggregator.name == "trimmed_mean"
+        read = read_plan(path)
+        assert (read.plan, read.versions, read.schedule.every_hours) == (Plan(), VersionsConfig(), 24)
         path.write_text(device)
-        assert load_config(path).caps.threads == 2
+        config = load_config(path)
+        assert (config.caps.threads, config.conditions.quiet_hours.start) == (2, "22:00")
+        conditions = replace(config.conditions, quiet_hours=QuietHoursConfig())
+        assert replace(config, conditions=conditions, caps=CapsConfig()) == DeviceConfig()
 
 
 def test_the_docs_of_the_federation_have_its_routes() -> None:

@@ -89,6 +89,18 @@ def test_a_federation_is_begun_ordered_stopped_and_shown(call: Call, data: Path,
     assert call("round")[1] == "ordered: rounds up to 1\n"
 
 
+def test_a_plan_stays_until_another_one_is_given(call: Call, data: Path, recipe: str, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text("[rounds]\nseconds = 60\n[schedule]\ndevices = 1\nnew_images = 5\n[versions]\nevery = 7\n")
+    assert call("start", "--recipe", recipe, "--plan", str(plan))[0] == 0
+    for _ in range(2):
+        assert Plan.from_json((data / "federation" / "plan.json").read_text()).rounds.seconds == 60
+        operation = Operation.load(data / "federation")
+        assert operation is not None
+        assert (operation.schedule.new_images, operation.versions.every) == (5, 7)
+        assert call("start", "--recipe", recipe)[0] == 0
+
+
 def test_rounds_and_devices_are_listed(call: Call, data: Path, recipe: str, registry: Registry) -> None:
     from client.identity import open_identity
 

@@ -40,7 +40,7 @@ from server.federation.joins import (
 )
 from server.federation.operation import ScheduleConfig
 from server.federation.schedule import is_round_due
-from server.federation.superlink import SuperLinkError
+from server.federation.superlink import SuperLink, SuperLinkError, registered_devices
 
 
 @pytest.fixture
@@ -216,6 +216,12 @@ def test_a_round_is_due_after_so_many_hours_or_when_enough_devices_have_somethin
     assert is_round_due(eager, last, [device(10, 1), device(30, 80)], now)
     assert not is_round_due(eager, last, [device(10, 1), device(9, 1)], now)
     assert not is_round_due(eager, last, [device(10, 1), device(30, 100)], now), "told before the last round began"
+
+
+def test_where_no_server_runs_flower_is_not_quoted(tmp_path: Path) -> None:
+    SuperLink(tmp_path)  # what one leaves in the folder
+    with pytest.raises(SuperLinkError, match=r"^no server runs the federation$"):
+        registered_devices(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ async def read_model(request: Request, model: type[Model], limits: ServingLimits
     """A JSON body as a model of pydantic's; Problem 415 for another type, 422 for what the model does not accept."""
     # No form of a web page can send JSON, so none can make a visitor's browser change anything.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Problem(415, f"send application/json with {', '.join(model.model_fields)}")
+        raise Problem(415, f"send application/json with {', '.join(model.model_fields) or 'an empty object, {}'}")
     content = read_json(await read_body(request, limits))
     try:
         return model.model_validate(content)

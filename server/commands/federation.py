@@ -10,6 +10,7 @@ from lowssl_core.command_line import Command
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from server.federation.plans import PlanFile
     from server.registry.registry import Registry
     from server.settings import Settings
 
@@ -103,11 +104,12 @@ def _start(arguments: argparse.Namespace, settings: "Settings", registry: "Regis
     from server.federation.federation import begin, is_running
     from server.federation.operation import Operation
     from server.federation.overview import order_rounds
-    from server.federation.plans import PlanFile, read_plan
+    from server.federation.plans import read_plan
     from server.registry.starts import open_start
 
     folder = settings.federation_folder
-    read = PlanFile() if arguments.plan is None else read_plan(arguments.plan)
+    has_plan = arguments.plan is not None
+    read = read_plan(arguments.plan) if has_plan else _plan_so_far(folder)
     recipe = None if arguments.recipe is None else load_recipe(arguments.recipe)
     begun = open_start(registry, arguments.source, recipe)
     plan = dataclasses.replace(read.plan, recipe=begun.recipe.as_dict())
@@ -117,14 +119,27 @@ def _start(arguments: argparse.Namespace, settings: "Settings", registry: "Regis
     if history.newest() == 0:
         print(f"the federation begins with {begun.start.source}: {values}")
     else:
-        print(f"the plan is changed; {history.newest()} rounds are completed")
-        if is_running(folder):
+        print(f"the plan {'is changed' if has_plan else 'stays'}; {history.newest()} rounds are completed")
+        if has_plan and is_running(folder):
             print("rounds that were ordered before go on by the plan they began with")
     if arguments.rounds:
         print(f"ordered: rounds up to {order_rounds(folder, arguments.rounds)}")
     elif not orders.ordered(folder):
         print("no round is ordered yet: lowssl federation round orders one")
     return 0
+
+
+def _plan_so_far(folder: Path) -> "PlanFile":
+    """The plan that a federation has; where none has begun, one of defaults."""
+    from server.federation.operation import Operation
+    from server.federation.plan import Plan
+    from server.federation.plans import PlanFile
+
+    operation, path = Operation.load(folder), folder / "plan.json"
+    if operation is None or not path.exists():
+        return PlanFile()
+    plan = Plan.from_json(path.read_text())
+    return PlanFile(plan=plan, schedule=operation.schedule, versions=operation.versions)
 
 
 def _status(arguments: argparse.Namespace, settings: "Settings", registry: "Registry") -> int:

@@ -145,11 +145,15 @@ class Rounds:
 
     def _wait_for_devices(self) -> None:
         """Wait until enough devices are online that have nothing left to do; one may be released meanwhile."""
-        self._release()
-        self._tell("waiting for devices")
-        while len(self._free_devices()) < self._plan.rounds.min_devices:
-            self._early += self._receive(_POLL_SECONDS)
+        free, needed = -1, self._plan.rounds.min_devices
+        while True:
             self._release()
+            before, free = free, len(self._free_devices())
+            if free != before:
+                self._tell(f"waiting for devices: {free} of {needed}, rounds.min_devices")
+            if free >= needed:
+                return
+            self._early += self._receive(_POLL_SECONDS)
 
     def _release(self) -> None:
         """Take devices out of quarantine that a person has released; asked for until a round is saved with it."""

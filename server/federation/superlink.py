@@ -22,6 +22,7 @@ from server.federation.certificates import open_certificate
 
 HOST = "127.0.0.1"
 _NAME = "federation"
+_UNREACHED = "Connection to the SuperLink is unavailable"  # as Flower's command says it
 _COMMAND_SECONDS = 60.0
 _START_SECONDS, _ATTEMPTS = 60.0, 5
 _CONFIG = """\
@@ -220,6 +221,8 @@ def _tell(home: Path, *words: str) -> dict[str, Any]:
     except ValueError:
         raise SuperLinkError(f"flwr {words[0]}: {_last_words(done.stdout + done.stderr)}") from None
     if not isinstance(answer, dict) or not answer.get("success"):
+        if _UNREACHED in str(answer):
+            raise SuperLinkError("no server runs the federation")
         raise SuperLinkError(f"flwr {words[0]}: {_last_words(str(answer))}")
     return answer
 
