@@ -351,6 +351,15 @@ def test_privacy_is_neither_turned_on_nor_off_once_rounds_are_run(tmp_path: Path
             begin(tmp_path / "first" / name, MANIFEST, START, second)
 
 
+def test_a_model_that_would_not_be_finite_is_a_void_round_that_says_so(folder: Path) -> None:
+    devices = [Device(1, 0.1), Device(2, 0.1)]
+    plan = replace(PLAIN, aggregator=FedAvgConfig(rate=1e300))
+    with rounds_of(folder, devices, plan) as rounds, np.errstate(over="ignore"):
+        assert rounds.run_round() is None
+    assert orders.told(folder)["phase"] == "void: the replies that passed gave a model that is not finite"
+    assert run(folder, devices, until=1).records()[1].rejected == ()  # by a rate that can be, the same answers count
+
+
 def test_one_diverged_device_does_not_stop_the_rounds(folder: Path) -> None:
     devices = [Device(1, 0.1), Device(2, 0.3), Device(3, 0.1)]
 

@@ -143,7 +143,7 @@ class Screening:
             raise _Refusal("manifest", f"{update.manifest[:12]}; this run's is {self._manifest.hash[:12]}")
         staleness = self._check_version(update)
         if update.weight < _SMALLEST_WEIGHT:
-            raise _Refusal("weight", f"weight {update.weight:g}; it is above 0")
+            raise _Refusal("weight", f"weight {update.weight:g}; {_SMALLEST_WEIGHT:g} is the least")
         try:
             flat = decode_flat(update.payload, self._manifest)
         except BadUpdate as error:
